@@ -1,0 +1,5 @@
+"""`python -m acmil` is the console script."""
+
+from acmil.cli import main
+
+main()

@@ -1,0 +1,251 @@
+"""Bags: the tile features of a slide, read lazily from feature files, and packed without padding.
+
+A packed batch holds the bags one after the other, `features` (ΣN, D), with `offsets` (B+1,): bag b is the rows
+`offsets[b]` to `offsets[b+1]`.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import overload
+
+import numpy as np
+import torch
+
+from acmil.cohort import CohortRow
+from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
+
+TILE_MPP_TOLERANCE = 0.01  # tiles whose resolutions differ by less than this share count as of one resolution
+
+_MAX_NAMED = 5  # more slides than this are counted, not listed
+
+
+class BagError(ValueError):
+    """Features that cannot be used together, or that are not there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bag:
+    """The tiles of one slide.
+
+    Attributes:
+        slide_id: The slide's name.
+        features: (N, D) float16 or float32 as stored; read-only and memory-mapped unless read into memory.
+        coords: (N, 2) int64, (x, y) of each tile's top-left corner in level-0 px.
+        label: Index of the slide's class, or None where it is not known.
+        case_id: The patient.
+    """
+
+    slide_id: str
+    features: np.ndarray
+    coords: np.ndarray
+    label: int | None
+    case_id: str
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBags:
+    """Bags one after the other on a device, without padding.
+
+    Attributes:
+        features: (ΣN, D).
+        offsets: (B+1,) int64; bag b is the rows `offsets[b]` to `offsets[b+1]`.
+        labels: (B,) int64, or None where the bags have no labels.
+    """
+
+    features: torch.Tensor
+    offsets: torch.Tensor
+    labels: torch.Tensor | None
+
+
+class BagDataset(Sequence[Bag]):
+    """The bags of a cohort's slides, each read when it is asked for.
+
+    All files are opened and checked once, here; reading a bag afterwards maps its features into memory, so that only
+    the pages which are used are read from the disk. Reading from several threads at once is safe, and the dataset can
+    be pickled (without the features, unless they are held in memory).
+
+    Attributes:
+        feature_dir: The folder of feature files, one `<slide_id>.h5` a slide.
+        rows: The cohort's rows, one a bag, in order.
+        classes: The class names; a label is an index into them. None: bags have no labels.
+        n_features: D, the same for all bags.
+        metas: Where each bag's features come from.
+        n_tiles: N of each bag.
+        labels: Class index of each bag, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        feature_dir: Path,
+        rows: Sequence[CohortRow],
+        *,
+        classes: Sequence[str] | None,
+        in_memory: bool = False,
+        check_values: bool = True,
+    ) -> None:
+        """Open and check the feature files of `rows`.
+
+        Args:
+            feature_dir: The folder of feature files.
+            rows: The slides.
+            classes: Class names, in the order of the model's outputs; None leaves the bags without labels.
+            in_memory: Read all features now and hold them.
+            check_values: Look for NaN and infinities, which reads every feature once.
+
+        Raises:
+            BagError: If there is no row, a slide has no feature file or a label that is none of `classes`, or the
+                slides' features do not go together.
+            FeatureFileError: If a feature file is damaged.
+        """
+        self.feature_dir = Path(feature_dir)
+        self.rows = tuple(rows)
+        self.classes = None if classes is None else tuple(classes)
+        if not self.rows:
+            raise BagError(f"a data set must have at least 1 slide, got none ({self.feature_dir}).")
+        self.labels = tuple(_label_index(row, self.classes) for row in self.rows)
+        paths = _feature_paths(self.feature_dir, [row.slide_id for row in self.rows])
+        self._files = tuple(open_feature_file(path, check_values=check_values) for path in paths)
+        self.metas: tuple[FeatureMeta, ...] = tuple(file.meta for file in self._files)
+        self.n_tiles = tuple(file.n_tiles for file in self._files)
+        _check_compatible(self.rows, self._files)
+        self.n_features = self._files[0].n_features
+        self._held = [(np.array(file.features()), file.coords()) for file in self._files] if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Bag: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Bag]: ...
+    def __getitem__(self, index: int | slice) -> Bag | list[Bag]:
+        """Return one bag, or the bags of a slice."""
+        if isinstance(index, slice):
+            return [self._bag(position) for position in range(*index.indices(len(self)))]
+        return self._bag(range(len(self))[index])  # raises IndexError, and counts from the end
+
+    def __iter__(self) -> Iterator[Bag]:
+        return (self._bag(position) for position in range(len(self)))
+
+    def _bag(self, position: int) -> Bag:
+        row, file = self.rows[position], self._files[position]
+        features, coords = (file.features(), file.coords()) if self._held is None else self._held[position]
+        return Bag(row.slide_id, features, coords, self.labels[position], row.case_id)
+
+
+def pack(bags: Sequence[Bag], *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> PackedBags:
+    """Put bags one after the other on a device, without padding.
+
+    The features go to the device as they are stored (float16 is half the bytes) and take their type there.
+
+    Args:
+        bags: B bags of one feature size, all with a label or all without.
+        device: Where the tensors go.
+        dtype: Type of the features there.
+
+    Returns:
+        The features (ΣN, D), the offsets (B+1,) int64 and the labels (B,) int64, all on `device`.
+
+    Raises:
+        BagError: If there is no bag, feature sizes differ, or some bags have a label and some have none.
+    """
+    if not bags:
+        raise BagError("a batch must have at least 1 bag, got none.")
+    for bag in bags:
+        if bag.features.shape[1] != bags[0].features.shape[1]:
+            raise BagError(
+                f"bags must have one feature size, got {bags[0].features.shape[1]} for {bags[0].slide_id!r} and "
+                f"{bag.features.shape[1]} for {bag.slide_id!r}."
+            )
+    ends = np.cumsum([0, *(len(bag.features) for bag in bags)], dtype=np.int64)  # (B+1,)
+    stored = np.concatenate([bag.features for bag in bags])  # (ΣN, D): a copy, as memory-mapped features are read-only
+    return PackedBags(
+        features=torch.from_numpy(stored).to(device).to(dtype),
+        offsets=torch.from_numpy(ends).to(device),
+        labels=_pack_labels(bags, device),
+    )
+
+
+def _pack_labels(bags: Sequence[Bag], device: torch.device | str) -> torch.Tensor | None:
+    labels = [bag.label for bag in bags if bag.label is not None]
+    if not labels:
+        return None
+    if len(labels) < len(bags):
+        bare = next(bag.slide_id for bag in bags if bag.label is None)
+        raise BagError(f"all bags of a batch must have a label, or none, {bare!r} has none.")
+    return torch.tensor(labels, dtype=torch.int64, device=device)
+
+
+def _label_index(row: CohortRow, classes: tuple[str, ...] | None) -> int | None:
+    if classes is None or row.label is None:
+        return None
+    if row.label not in classes:
+        raise BagError(
+            f"label of slide {row.slide_id!r} must be one of {', '.join(map(repr, classes))}, got {row.label!r}. "
+            "The classes are those of the training cohort: correct the label, or leave it empty."
+        )
+    return classes.index(row.label)
+
+
+def _feature_paths(feature_dir: Path, slide_ids: Sequence[str]) -> list[Path]:
+    """The file of each slide; all of them are there."""
+    if not feature_dir.is_dir():
+        raise BagError(f"features must be a folder of {SUFFIX} files, found none ({feature_dir}).")
+    found = {path.name.removesuffix(SUFFIX) for path in feature_dir.iterdir() if path.name.endswith(SUFFIX)}
+    missing = [slide_id for slide_id in slide_ids if slide_id not in found]
+    if missing:
+        raise BagError(_describe_missing(feature_dir, missing, found, len(slide_ids)))
+    return [feature_dir / f"{slide_id}{SUFFIX}" for slide_id in slide_ids]
+
+
+def _describe_missing(feature_dir: Path, missing: Sequence[str], found: set[str], n_slides: int) -> str:
+    named = ", ".join(map(repr, missing[:_MAX_NAMED]))
+    more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+    return (
+        f"every slide must have a feature file <slide_id>{SUFFIX}, {len(missing)} of {n_slides} have none: "
+        f"{named}{more} ({feature_dir}, which holds {len(found)}). {_mend_missing(feature_dir, missing, found)}"
+    )
+
+
+def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str]) -> str:
+    suffixed = next((slide_id for slide_id in missing if PurePath(slide_id).stem in found), None)
+    if suffixed is not None:
+        return f"Write slide ids without the file ending: {PurePath(suffixed).stem!r}, not {suffixed!r}."
+    if not found and any((feature_dir / "features").glob(f"*{SUFFIX}")):
+        return f"Did you mean {feature_dir / 'features'}?"
+    for slide_id in missing[:_MAX_NAMED]:
+        if near := difflib.get_close_matches(slide_id, found, n=1, cutoff=0.75):
+            return f"Is {slide_id!r} the slide whose features are {near[0] + SUFFIX!r}? Correct the id."
+    return "Preprocess these slides, or drop them from the cohort."
+
+
+def _check_compatible(rows: Sequence[CohortRow], files: Sequence[FeatureFile]) -> None:
+    """All slides have one feature size, encoder and resolution."""
+    _check_same("n_features", [file.n_features for file in files], rows)
+    _check_same("encoder", [file.meta.encoder for file in files], rows)
+    _check_same("encoder_digest", [file.meta.encoder_digest for file in files], rows)
+    pairs = [(file.meta.tile_mpp, row.slide_id) for row, file in zip(rows, files, strict=True)]
+    known = [pair for pair in pairs if pair[0] > 0]  # converted files may not know it
+    if known:
+        (finest, fine_slide), (coarsest, coarse_slide) = min(known), max(known)
+        if coarsest > finest * (1 + TILE_MPP_TOLERANCE):
+            raise BagError(
+                f"all slides must have one tile_mpp within {TILE_MPP_TOLERANCE:.0%}, got {finest:.4g} µm/px for "
+                f"{fine_slide!r} and {coarsest:.4g} µm/px for {coarse_slide!r}. Preprocess them with the same tile_mpp."
+            )
+
+
+def _check_same(name: str, values: Iterable[str | int], rows: Sequence[CohortRow]) -> None:
+    """One value for all slides; an empty one is not known, as in converted files, and agrees with any."""
+    first: tuple[str | int, str] | None = None
+    for value, row in zip(values, rows, strict=True):
+        if value == "":
+            continue
+        first = first or (value, row.slide_id)
+        if value != first[0]:
+            raise BagError(
+                f"all slides must have the same {name}, got {first[0]!r} for {first[1]!r} and {value!r} for "
+                f"{row.slide_id!r}. Use features of one preprocessing."
+            )

@@ -1,0 +1,179 @@
+"""The command line: parses options into the config models and calls one function a command."""
+
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+
+from acmil import __version__
+from acmil.config import DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
+from acmil.config_file import ConfigError, load_config
+from acmil.preprocessing.config import PreprocessConfig
+from acmil.terminal import TerminalProgress, configure_logging
+
+DONE, FAILED, MISUSED = 0, 1, 2
+
+app = App(
+    name="acmil",
+    version=__version__,
+    help="Whole-slide images to a trained, tested and explainable classifier.",
+    help_epilogue="Everywhere: --config FILE.yaml (options from a file or preset), --quiet, --debug (show tracebacks).",
+    result_action="return_value",
+    help_format="plaintext",
+)
+samples = App(name="samples", help="Real sample slides, weights and bags out of published packages, checksummed.")
+app.command(samples)
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    """One field of a config model as a parameter that is None unless given."""
+    extra = field.json_schema_extra or {}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if extra.get("positional") else inspect.Parameter.KEYWORD_ONLY
+    default = field.get_default(call_default_factory=True)
+    tail = "[required]" if default is PydanticUndefined else "" if default is None else f"[default: {default}]"
+    parameter = Parameter(help=f"{field.description} {tail}".strip(), show_default=False, negative_iterable=())
+    return inspect.Parameter(name, kind, default=None, annotation=Annotated[field.annotation | None, parameter])
+
+
+def _command(name: str, model: type[BaseModel], target: str, summary: str) -> None:
+    """Register a command: its options are the model's fields, its work the function `module:function`."""
+
+    def run(config: Path | None = None, quiet: bool = False, debug: bool = False, **given: Any) -> int:
+        options = {key: value for key, value in given.items() if value is not None}
+        settings = load_config(model, config, **options)
+        module, function = target.split(":")
+        with TerminalProgress(quiet=quiet) as progress:
+            result = getattr(import_module(module), function)(settings, progress=progress)
+        return _announce(result, quiet=quiet)
+
+    fields = [_option(key, field) for key, field in model.model_fields.items()]
+    fields.sort(key=lambda parameter: parameter.kind)
+    shared = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None,
+                Parameter(
+                    help="YAML file of options, or a preset such as train/acmil_ga.yaml; flags win over it.",
+                    show_default=False,
+                ),
+            ],
+        ),
+        inspect.Parameter(
+            "quiet",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, Parameter(help="Warnings and errors only.", negative=())],
+        ),
+        inspect.Parameter(
+            "debug",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, Parameter(help="Show the traceback of an error.", negative=())],
+        ),
+    ]
+    run.__signature__ = inspect.Signature([*fields, *shared])  # type: ignore[attr-defined]
+    run.__doc__ = summary
+    app.command(run, name=name)
+
+
+def _announce(result: Any, *, quiet: bool) -> int:
+    """Print a command's summary line(s); a summary that counts failures sets the exit status."""
+    if not quiet:
+        print(result)
+    return FAILED if getattr(result, "failed", 0) else DONE
+
+
+_command(
+    "demo",
+    DemoConfig,
+    "acmil.demo.pipeline:demo",
+    "Run the whole pipeline on real tissue with planted lesions, offline, on any machine.",
+)
+_command(
+    "preprocess",
+    PreprocessConfig,
+    "acmil.preprocessing.job:preprocess",
+    "Turn slides into tissue outlines, tiles and feature files; resumes.",
+)
+_command("train", TrainConfig, "acmil.training_run:train", "Train one model on the bags of a cohort.")
+_command(
+    "evaluate",
+    EvaluateConfig,
+    "acmil.evaluation:evaluate",
+    "Metrics with confidence intervals of a run on a cohort; predictions only where labels are missing.",
+)
+_command("heatmap", HeatmapConfig, "acmil.heatmaps:heatmaps", "Attention maps over slides: PNG, GeoJSON, per-tile CSV.")
+_command(
+    "umap", UmapConfig, "acmil.projection:umap", "UMAP of instance features, coloured by attention, label and slide."
+)
+app["evaluate"].alias = ("eval",)
+
+
+@samples.command(name="list")
+def list_samples() -> int:
+    """List the samples with licence and provenance."""
+    from rich.table import Table
+
+    from acmil.samples import sample_table
+
+    rows = sample_table()
+    table = Table(*rows[0], box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    return DONE
+
+
+@samples.command(name="fetch")
+def fetch(name: str, /, *, out: Path | None = None) -> int:
+    """Fetch one sample into the cache, or into a folder.
+
+    Args:
+        name: A name that `acmil samples list` shows.
+        out: Folder to copy the file to.
+    """
+    from acmil.samples import fetch_sample
+
+    print(fetch_sample(name, out=out))
+    return DONE
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Run one command line; 0: done, 1: the input or the run failed, 2: the command line is wrong."""
+    configure_logging(quiet="--quiet" in arguments)
+    try:
+        status = app(list(arguments), exit_on_error=False, print_error=False)
+    except (CycloptsError, ConfigError) as error:
+        return _complain(error, arguments, MISUSED)
+    except (ValueError, OSError, ImportError) as error:
+        return _complain(error, arguments, FAILED)
+    except KeyboardInterrupt:
+        return _complain(
+            KeyboardInterrupt("stopped; what was finished is kept, the same command goes on from there"), (), 130
+        )
+    return status if isinstance(status, int) else DONE
+
+
+def _complain(error: BaseException, arguments: Sequence[str], status: int) -> int:
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.captureWarnings(True)
+    sys.exit(run_command_line(sys.argv[1:]))

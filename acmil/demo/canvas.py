@@ -1,0 +1,190 @@
+"""A slide's tissue before any lesion: an outline, filled with overlapping patches of real tissue."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from acmil.demo.tissue_source import COARSE_PX, PAD_PX, TissuePart
+
+TILE_PX = 224
+MIN_TISSUE = 0.25  # a tile counts as tissue from this share on, as in preprocessing
+TISSUE_TILES = (54, 84)  # tissue tiles a slide: inside 50 to 90 even if a tissue finder draws the edge differently
+
+_CELLS_PER_TILE = TILE_PX // COARSE_PX
+_PATCH_SIDE_PX = 2 * 400
+_PATCH_RADIUS_PX = (190, 320)
+_FEATHER_PX = 12.0
+_MAX_PATCHES = 400
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Where a slide's tissue lies, on cells of `COARSE_PX`.
+
+    Attributes:
+        depth_px: Signed distance to the edge in level-0 px, positive inside, float32 (h, w).
+        tissue_tiles: Boolean (rows, columns) over the grid of `TILE_PX` from (0, 0): what counts as tissue.
+    """
+
+    depth_px: np.ndarray
+    tissue_tiles: np.ndarray
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
+    """Gaussian noise blurred by `sigma` cells, with standard deviation 1: float32 of `shape`."""
+    shrink = max(1, int(sigma / 4))
+    small = tuple(side // shrink + 2 for side in shape)
+    noise = cv2.GaussianBlur(rng.standard_normal(small, dtype=np.float32), (0, 0), sigma / shrink)
+    noise = cv2.resize(noise, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_CUBIC)[: shape[0], : shape[1]]
+    return (noise - noise.mean()) / noise.std()
+
+
+def draw_outline(rng: np.random.Generator) -> Outline:
+    """Draw an irregular outline whose number of tissue tiles lies in `TISSUE_TILES`."""
+    while True:
+        n_tiles = int(rng.integers(TISSUE_TILES[0], TISSUE_TILES[1] + 1))
+        aspect = float(np.exp(rng.uniform(-0.35, 0.35)))
+        columns, rows = (round(np.sqrt(1.75 * n_tiles * ratio)) for ratio in (aspect, 1.0 / aspect))
+        field = _outline_field(rng, rows * _CELLS_PER_TILE, columns * _CELLS_PER_TILE)
+        inside = _threshold_for(field, n_tiles)
+        if inside is not None:
+            return Outline(_signed_distance_px(inside), _tissue_tiles(inside))
+
+
+def _outline_field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    x, y = (x + 0.5) / width * 2.0 - 1.0, (y + 0.5) / height * 2.0 - 1.0
+    field = 1.0 - np.sqrt(x**2 + y**2)
+    for sigma, amplitude in ((26.0, 0.22), (10.0, 0.08), (4.0, 0.025)):
+        field += amplitude * smooth_noise(rng, (height, width), sigma)
+    border = np.minimum(1.0 - np.abs(x), 1.0 - np.abs(y))
+    return field - 2.0 * np.maximum(0.0, 0.12 - border)  # glass all round
+
+
+def _threshold_for(field: np.ndarray, n_tiles: int) -> np.ndarray | None:
+    """The level set of `field` with `n_tiles` tissue tiles, found by halving; None where no level gives that number."""
+    low, high = float(field.min()), float(field.max())
+    for _ in range(24):
+        middle = 0.5 * (low + high)
+        inside = _without_specks(field > middle)
+        count = int(_tissue_tiles(inside).sum())
+        if count == n_tiles:
+            return inside
+        low, high = (middle, high) if count > n_tiles else (low, middle)
+    return None
+
+
+def _without_specks(inside: np.ndarray) -> np.ndarray:
+    """Keep pieces of at least three tiles and fill the holes."""
+    n_labels, labels, stats, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8), connectivity=4)
+    large = [k for k in range(1, n_labels) if stats[k, cv2.CC_STAT_AREA] >= 3 * _CELLS_PER_TILE**2]
+    kept = np.isin(labels, large).astype(np.uint8)
+    outer, _ = cv2.findContours(kept, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(kept, outer, -1, 1, cv2.FILLED)
+    return kept > 0
+
+
+def _tissue_tiles(inside: np.ndarray) -> np.ndarray:
+    return tile_shares(inside) >= MIN_TISSUE
+
+
+def tile_shares(inside: np.ndarray) -> np.ndarray:
+    """Share of each tile of the grid from (0, 0) that a coarse mask (h, w) covers: float64 (rows, columns)."""
+    rows, columns = (side // _CELLS_PER_TILE for side in inside.shape)
+    cells = inside[: rows * _CELLS_PER_TILE, : columns * _CELLS_PER_TILE]
+    return cells.reshape(rows, _CELLS_PER_TILE, columns, _CELLS_PER_TILE).mean(axis=(1, 3))
+
+
+def _signed_distance_px(inside: np.ndarray) -> np.ndarray:
+    mask = inside.astype(np.uint8)
+    distance = cv2.distanceTransform(mask, cv2.DIST_L2, 5) - cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5)
+    return cv2.GaussianBlur(distance, (0, 0), 1.0) * COARSE_PX
+
+
+def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator) -> np.ndarray:
+    """Fill an outline with patches of a part's tissue, each with an irregular soft edge, in optical density.
+
+    The patches are turned by multiples of 90°, mirrored, and drawn with a preference, of its own for each slide, for
+    tissue with many or with few nuclei: slides differ in what they are made of, whatever their label.
+
+    Returns:
+        Optical density, float32 (h, w, 3), in level-0 px; filled a little beyond the outline.
+    """
+    height, width = (side * COARSE_PX for side in outline.depth_px.shape)
+    density = np.zeros((height + 2 * PAD_PX, width + 2 * PAD_PX, 3), np.float32)
+    open_cells = outline.depth_px > -2 * COARSE_PX
+    weight = np.exp(rng.normal(0.0, 2.5) * part.cellularity)
+    weight /= weight.sum()
+    shapes = [_patch_shape(rng) for _ in range(6)]
+    for _ in range(_MAX_PATCHES):
+        y, x = np.nonzero(open_cells)
+        if len(y) == 0:
+            break
+        target = int(rng.integers(len(y)))
+        cell = (int(x[target]), int(y[target]))
+        centre = part.centres[rng.choice(len(part.centres), p=weight)]
+        patch, opacity = _cut_patch(part, centre, shapes[rng.integers(len(shapes))], rng)
+        _lay(density, patch, opacity, cell)
+        _close_cells(open_cells, opacity, cell)
+    return density[PAD_PX : PAD_PX + height, PAD_PX : PAD_PX + width]
+
+
+def _patch_shape(rng: np.random.Generator) -> np.ndarray:
+    """Opacity of an irregular patch, float32 (side, side), 1 in the middle and 0 at the frame."""
+    side = _PATCH_SIDE_PX
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) - (side - 1) / 2
+    radius = rng.uniform(*_PATCH_RADIUS_PX)
+    depth = radius - np.hypot(x, y)
+    depth += 0.2 * radius * smooth_noise(rng, (side, side), 60.0) + 8.0 * smooth_noise(rng, (side, side), 10.0)
+    frame = side / 2 - np.maximum(np.abs(x), np.abs(y))
+    return np.clip(np.minimum(depth, frame) / (2 * _FEATHER_PX) + 0.5, 0.0, 1.0) * (frame > 1)
+
+
+def _cut_patch(
+    part: TissuePart, centre: np.ndarray, shape: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    half = _PATCH_SIDE_PX // 2
+    window = np.s_[centre[1] - half : centre[1] + half, centre[0] - half : centre[0] + half]
+    patch, opacity = part.density[window], part.usable[window] * shape
+    turns = int(rng.integers(4))
+    patch, opacity = np.rot90(patch, turns), np.rot90(opacity, turns)
+    if rng.integers(2):
+        patch, opacity = patch[:, ::-1], opacity[:, ::-1]
+    return patch, opacity
+
+
+def _lay(density: np.ndarray, patch: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:
+    left, top = (PAD_PX + index * COARSE_PX + COARSE_PX // 2 - _PATCH_SIDE_PX // 2 for index in cell)
+    below = density[top : top + _PATCH_SIDE_PX, left : left + _PATCH_SIDE_PX]
+    below += opacity[..., None] * (patch - below)
+
+
+def _close_cells(open_cells: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:
+    """Mark as filled every cell that the patch covers well."""
+    cells = _PATCH_SIDE_PX // COARSE_PX
+    covered = opacity[COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX] >= 0.98  # (cells, cells)
+    left, top = cell[0] - cells // 2, cell[1] - cells // 2
+    height, width = open_cells.shape
+    rows, columns = slice(max(0, top), min(height, top + cells)), slice(max(0, left), min(width, left + cells))
+    open_cells[rows, columns] &= ~covered[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    open_cells[cell[1], cell[0]] = False
+
+
+def edge_opacity(outline: Outline, density: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Opacity of the tissue at its edge: frayed along its own fibres, about 3 px soft.
+
+    Args:
+        outline: The outline drawn.
+        density: Optical density of the filled canvas, float32 (h, w, 3).
+        rng: Draws the fraying.
+
+    Returns:
+        Float32 (h, w) in 0-1.
+    """
+    height, width = density.shape[:2]
+    depth = cv2.resize(outline.depth_px, (width, height), interpolation=cv2.INTER_CUBIC)
+    fibres = cv2.GaussianBlur(density[..., 1], (0, 0), 2.0)
+    depth += 14.0 * smooth_noise(rng, (height, width), 24.0) + 5.0 * smooth_noise(rng, (height, width), 5.0)
+    depth += 40.0 * np.minimum(fibres - 0.45, 0.4)  # gaps open towards the glass, fibres reach out into it
+    return np.clip(depth / 3.0 + 0.5, 0.0, 1.0)

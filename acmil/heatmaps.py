@@ -1,0 +1,287 @@
+"""Attention maps of slides: the `heatmap` command, and reading one slide with its attention."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from acmil.attention_maps import (
+    attention_geojson,
+    percentile_rank,
+    relative_attention,
+    score_raster,
+    select_branch,
+    tile_table,
+)
+from acmil.bags import Bag
+from acmil.outlines import Polygon, read_outlines
+from acmil.overlay import ColourScale, percentile_scale, relative_scale
+from acmil.preprocessing.feature_file import SUFFIX, FeatureMeta, open_feature_file
+from acmil.preprocessing.progress import Progress, SilentProgress
+from acmil.preprocessing.slide import Slide, Thumbnail
+from acmil.runs import Run, load_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from acmil.config import HeatmapConfig
+
+logger = logging.getLogger(__name__)
+
+LARGEST_THUMBNAIL_PX = 4000  # longer side; keeps the memory of one figure under about 1 GB
+DEFAULT_THUMBNAIL_PX = 1500
+_PNG_DPI = (110, 400)
+
+
+class HeatmapError(ValueError):
+    """Slides that got no map, or a slide that does not fit its features."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlideAttention:
+    """A slide as the model saw it.
+
+    Attributes:
+        slide_id: Name of the slide.
+        path: The slide file.
+        meta: Where its features come from.
+        classes: Names of the classes, in the order of `probabilities`.
+        probabilities: (C,) float64.
+        attention: (K, N) float64, each row sums to 1.
+        hidden: (N, L) float32, the model's instance features.
+        coords: (N, 2) int64, top-left corners in level-0 px.
+        tissue_fraction: (N,) float32.
+        thumbnail: (h, w, 3) uint8.
+        downsample: Level-0 px per thumbnail px.
+    """
+
+    slide_id: str
+    path: Path
+    meta: FeatureMeta
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    attention: np.ndarray
+    hidden: np.ndarray
+    coords: np.ndarray
+    tissue_fraction: np.ndarray
+    thumbnail: np.ndarray
+    downsample: float
+
+    @property
+    def prediction(self) -> str:
+        """What the model says of the slide, in words."""
+        order = np.argsort(-self.probabilities, kind="stable")
+        first, *others = [f"{self.classes[i]} {self.probabilities[i]:.1%}" for i in order]
+        return f"model: {first}" + (f"  ({', '.join(others[:3])})" if others else "")
+
+    def table(self) -> "pd.DataFrame":
+        """The per-tile table, in the order of the feature file."""
+        return tile_table(
+            self.slide_id,
+            self.attention,
+            self.coords,
+            tile_level0_px=self.meta.tile_level0_px,
+            tissue_fraction=self.tissue_fraction,
+        )
+
+    def scores(self, branch: str | int, scale: str) -> np.ndarray:
+        """Display value of each tile, (N,): attention of a branch relative to uniform, or its percentile."""
+        attention = select_branch(self.attention, branch)
+        return percentile_rank(attention) if scale == "percentile" else relative_attention(attention)
+
+    def raster(self, values: np.ndarray) -> np.ndarray:
+        """Paint one value a tile over the thumbnail: (h, w) float32, NaN = no tile."""
+        return score_raster(
+            values,
+            self.coords,
+            tile_level0_px=self.meta.tile_level0_px,
+            level0_size=(self.meta.level0_width, self.meta.level0_height),
+            downsample=self.downsample,
+            shape=self.thumbnail.shape[:2],
+        )
+
+
+def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> list[Path]:
+    """Write the attention map of each slide as PNG, GeoJSON for QuPath and per-tile CSV.
+
+    A slide that fails does not stop the others; it is named in the error at the end.
+
+    Args:
+        config: Options of the command.
+        progress: Told of each slide.
+
+    Returns:
+        The PNG files, in the order of the slides.
+
+    Raises:
+        HeatmapError: If two slides share a name, or, after all others are written, if some slides failed.
+    """
+    _check_names(config.slides)
+    run = load_run(config.run, device=config.device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    progress = progress or SilentProgress()
+    written: list[Path] = []
+    failures: list[str] = []
+    progress.begin("attention maps", len(config.slides))
+    for path in config.slides:
+        try:
+            written.append(_write_maps(config, run, path))
+        except Exception as error:
+            logger.debug("slide %s", path, exc_info=True)
+            logger.warning("no attention map of %s: %s", path, error)
+            failures.append(f"{path.name}: {error}")
+        progress.advance(note=path.stem)
+    progress.end()
+    if failures:
+        count = f"{len(failures)} of {len(config.slides)} slides got no attention map"
+        raise HeatmapError(f"{count}; the others are in {config.out}.\n" + "\n".join(f"  {line}" for line in failures))
+    return written
+
+
+def read_slide_attention(
+    run: Run,
+    slide_path: Path,
+    feature_dir: Path,
+    *,
+    thumbnail_mpp: float | None = None,
+    mpp_override: float | None = None,
+    force: bool = False,
+) -> SlideAttention:
+    """Open a slide and its features, check that they belong together and to the model, and predict.
+
+    Args:
+        run: The trained model.
+        slide_path: The slide; its features are `<name without ending>.h5`.
+        feature_dir: Folder of feature files.
+        thumbnail_mpp: Resolution of the thumbnail in µm/px, made coarser where its longer side would exceed 4,000 px;
+            by default such that the longer side has about 1,500 px.
+        mpp_override: Level-0 resolution in µm/px; by default the one the features were made with.
+        force: Go on although the features' encoder or resolution differ from the model's.
+
+    Returns:
+        The slide with its attention.
+
+    Raises:
+        HeatmapError: If there are no features, or they were made from a slide of another size.
+        RunError: If the features do not fit the model.
+    """
+    feature_path = feature_dir / f"{slide_path.stem}{SUFFIX}"
+    if not feature_path.is_file():
+        raise HeatmapError(
+            f"no features of slide '{slide_path.stem}': {feature_path} does not exist. Preprocess the slide first."
+        )
+    features = open_feature_file(feature_path)
+    run.check_features(features.meta, force=force)
+    with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
+        _check_size(slide, features.meta, feature_path)
+        thumbnail = _thumbnail(slide, thumbnail_mpp)
+    bag = Bag(
+        features.meta.slide_id, features.features(), features.coords(), label=None, case_id=features.meta.slide_id
+    )
+    predicted = run.predict(bag)
+    return SlideAttention(
+        slide_id=slide_path.stem,
+        path=slide_path,
+        meta=features.meta,
+        classes=run.classes,
+        probabilities=predicted.probabilities,
+        attention=predicted.attention,
+        hidden=predicted.hidden,
+        coords=bag.coords,
+        tissue_fraction=features.tissue_fraction(),
+        thumbnail=thumbnail.image,
+        downsample=thumbnail.downsample,
+    )
+
+
+def colour_scale(name: str) -> ColourScale:
+    """The colour scale called `relative` or `percentile`."""
+    return percentile_scale() if name == "percentile" else relative_scale()
+
+
+def branch_name(branch: str | int, n_branches: int) -> str:
+    """Say in words which attention is shown."""
+    if n_branches == 1:
+        return "attention of the only branch"
+    return (
+        f"mean attention of {n_branches} branches"
+        if branch == "mean"
+        else f"attention of branch {branch} of 0 to {n_branches - 1}"
+    )
+
+
+def _write_maps(config: "HeatmapConfig", run: Run, path: Path) -> Path:
+    from acmil.figures import heatmap_figure
+
+    slide = read_slide_attention(
+        run,
+        path,
+        config.features,
+        thumbnail_mpp=config.thumbnail_mpp,
+        mpp_override=config.mpp_override,
+        force=config.force,
+    )
+    scale = colour_scale(config.scale)
+    scores = slide.scores(config.branch, config.scale)
+    figure = heatmap_figure(
+        slide.thumbnail,
+        slide.raster(scores),
+        downsample=slide.downsample,
+        mpp=config.mpp_override or slide.meta.level0_mpp,
+        title=slide.slide_id,
+        prediction=slide.prediction,
+        scale=scale,
+        opacity=config.opacity,
+        outlines=_outlines_of(config.outlines, slide.slide_id),
+        note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles.",
+    )
+    table = slide.table()
+    table.to_csv(config.out / f"{slide.slide_id}.csv", index=False)
+    geojson = attention_geojson(table, colours=scale.colours(scores))
+    (config.out / f"{slide.slide_id}.geojson").write_text(json.dumps(geojson), encoding="utf-8")
+    target = config.out / f"{slide.slide_id}.png"
+    figure.savefig(target, dpi=_dpi(slide.thumbnail))
+    return target
+
+
+def _dpi(thumbnail: np.ndarray) -> float:
+    """Resolution at which a panel of about 6 inches shows the thumbnail's pixels one to one, within bounds."""
+    return float(np.clip(max(thumbnail.shape[:2]) / 6, *_PNG_DPI))
+
+
+def _outlines_of(folder: Path | None, slide_id: str) -> list[Polygon]:
+    path = folder / f"{slide_id}.geojson" if folder else None
+    if path is None or not path.is_file():
+        return []
+    return read_outlines(path)
+
+
+def _thumbnail(slide: Slide, mpp: float | None) -> Thumbnail:
+    if mpp is None:
+        return slide.thumbnail_within(DEFAULT_THUMBNAIL_PX)
+    if max(slide.width, slide.height) * slide.mpp / mpp > LARGEST_THUMBNAIL_PX:
+        return slide.thumbnail_within(LARGEST_THUMBNAIL_PX)
+    return slide.thumbnail(mpp)
+
+
+def _check_size(slide: Slide, meta: FeatureMeta, feature_path: Path) -> None:
+    if (slide.width, slide.height) != (meta.level0_width, meta.level0_height):
+        raise HeatmapError(
+            f"slide '{slide.slide_id}' must have the size its features were made from, {meta.level0_width} x {meta.level0_height} px, "
+            f"got {slide.width} x {slide.height} px ({slide.path}, {feature_path}). They are different slides of one name, "
+            "or the slide was exported anew: preprocess it again."
+        )
+
+
+def _check_names(slides: list[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for path in slides:
+        if path.stem in seen:
+            raise HeatmapError(
+                f"slides must differ in name, got '{path.stem}' twice ({seen[path.stem]}, {path}). "
+                "Files are named after the slide: map them one after the other into two folders."
+            )
+        seen[path.stem] = path

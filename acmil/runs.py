@@ -1,0 +1,196 @@
+"""A run folder read back: the model, what it was trained on, and predictions that respect both."""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from acmil.bags import Bag, pack
+from acmil.checkpoint import load_weights
+from acmil.cohort import Cohort, CohortError, CohortRow
+from acmil.devices import choose_device
+from acmil.models import MILOutput, create_model
+
+if TYPE_CHECKING:
+    from acmil.preprocessing.feature_file import FeatureMeta
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+_WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
+_RESOLUTION_TOLERANCE = 0.02
+
+
+class RunError(ValueError):
+    """A run folder that cannot be read, resumed, or used with these features."""
+
+
+class BagPrediction(NamedTuple):
+    """What a model says of one bag.
+
+    Attributes:
+        probabilities: (C,) float64, sums to 1.
+        attention: (K, N) float64, each row sums to 1.
+        hidden: (N, L) float32, the model's instance features.
+    """
+
+    probabilities: np.ndarray
+    attention: np.ndarray
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what is needed to use it rightly."""
+
+    folder: Path
+    model: torch.nn.Module
+    classes: tuple[str, ...]
+    encoder: str
+    encoder_digest: str
+    tile_mpp: float
+    tile_px: int
+    splits: Mapping[str, str]  # slide_id -> split
+    case_splits: Mapping[str, str]  # case_id -> split
+    device: torch.device
+
+    @torch.inference_mode()
+    def predict(self, bag: Bag) -> BagPrediction:
+        """Predict one bag, without masking."""
+        features = pack([bag], device=self.device).features  # (N, D)
+        out: MILOutput = self.model(features)
+        if out.attention is None:
+            raise RunError(f"the model of {self.folder} has no attention.")
+        return BagPrediction(
+            probabilities=out.logits[0].double().softmax(-1).cpu().numpy(),
+            attention=out.attention.double().cpu().numpy(),
+            hidden=self.model.hidden(features).float().cpu().numpy(),
+        )
+
+    def check_features(self, meta: "FeatureMeta", *, force: bool = False) -> None:
+        """Refuse features of another encoder or resolution than the model was trained on.
+
+        Raises:
+            RunError: If encoder, its weights, tile size or resolution (beyond 2 %) differ and `force` is off.
+        """
+        differences = [
+            f"{name} {theirs!r}, trained on {ours!r}"
+            for name, theirs, ours, same in (
+                ("encoder", meta.encoder, self.encoder, meta.encoder == self.encoder),
+                (
+                    "encoder weights",
+                    meta.encoder_digest[:12],
+                    self.encoder_digest[:12],
+                    meta.encoder_digest == self.encoder_digest,
+                ),
+                ("tile size in pixels", meta.tile_px, self.tile_px, meta.tile_px == self.tile_px),
+                (
+                    "µm per pixel",
+                    round(meta.tile_mpp, 4),
+                    round(self.tile_mpp, 4),
+                    abs(meta.tile_mpp / self.tile_mpp - 1) <= _RESOLUTION_TOLERANCE,
+                ),
+            )
+            if not same
+        ]
+        if not differences:
+            return
+        text = f"features of slide '{meta.slide_id}' do not fit the model of {self.folder}: {'; '.join(differences)}."
+        if not force:
+            raise RunError(f"{text} Embed the slide with the model's encoder, or go on with --force.")
+        logger.warning("%s Going on, as asked.", text)
+
+    def select(self, cohort: Cohort, split: str) -> Cohort:
+        """Choose the slides of a cohort by what this run did with their cases.
+
+        Args:
+            cohort: The cohort.
+            split: `train`, `val` or `test` of this run; `held-out`: every case neither trained nor selected on; `all`.
+
+        Raises:
+            CohortError: If no slide is left.
+        """
+        placed = [(row, self.splits.get(row.slide_id) or self.case_splits.get(row.case_id)) for row in cohort.rows]
+        seen = sum(where in ("train", "val") for _, where in placed)
+        if split == "held-out":
+            rows = [row for row, where in placed if where not in ("train", "val")]
+            logger.info(
+                "%d slides held out; %d left out, since this run trained or selected on their cases", len(rows), seen
+            )
+        elif split == "all":
+            rows = list(cohort.rows)
+            if seen:
+                logger.warning(
+                    "%d of %d slides were used in training or selection: these figures flatter the model",
+                    seen,
+                    len(rows),
+                )
+        else:
+            rows = [row for row, where in placed if where == split]
+        if not rows:
+            raise CohortError(
+                f"no slide of {cohort.path} is in '{split}' of {self.folder}. "
+                "Choose another --split, or another cohort."
+            )
+        return Cohort(rows=tuple(rows), has_cases=cohort.has_cases, path=cohort.path)
+
+
+def load_run(folder: Path | str, *, device: str = "auto") -> Run:
+    """Read a run folder back.
+
+    Raises:
+        RunError: If it is not a finished run folder.
+        WeightsError: If the weights do not fit the model that `model.json` describes.
+    """
+    folder = Path(folder)
+    if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
+        hint = (
+            "Its training is not finished: run `acmil train` again to resume it."
+            if (folder / "state.pt").is_file()
+            else "Give the --out folder of `acmil train`."
+        )
+        raise RunError(f"{folder} is not a finished run folder (it needs model.json and model.safetensors). {hint}")
+    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    model = create_model(description["model"], **description["options"])
+    load_weights(folder / "model.safetensors", model)
+    with (folder / "splits.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    chosen = choose_device(device)
+    return Run(
+        folder=folder,
+        model=model.to(chosen).eval(),
+        classes=tuple(description["classes"]),
+        encoder=description["encoder"],
+        encoder_digest=description["encoder_digest"],
+        tile_mpp=description["tile_mpp"],
+        tile_px=description["tile_px"],
+        splits={row["slide_id"]: row["split"] for row in rows},
+        case_splits={row["case_id"]: row["split"] for row in rows},
+        device=chosen,
+    )
+
+
+def write_predictions(path: Path, rows: Sequence[CohortRow], probabilities: np.ndarray, classes: Sequence[str]) -> None:
+    """Write predictions.csv: slide_id, case_id, split, label, prediction, probability of each class (S, C)."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["slide_id", "case_id", "split", "label", "prediction", *(f"probability_{name}" for name in classes)]
+        )
+        for row, values in zip(rows, probabilities, strict=True):
+            writer.writerow(
+                [
+                    row.slide_id,
+                    row.case_id,
+                    row.split or "",
+                    row.label or "",
+                    classes[int(values.argmax())],
+                    *(f"{value:.6f}" for value in values),
+                ]
+            )

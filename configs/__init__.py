@@ -1,0 +1,1 @@
+"""Presets: options of the commands as YAML files."""

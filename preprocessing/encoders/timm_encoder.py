@@ -1,0 +1,216 @@
+"""Encoders from timm: tiles in, one feature vector a tile out."""
+
+import difflib
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from acmil.preprocessing.encoders.torchvision_schemas import import_timm
+from acmil.preprocessing.encoders.weights import EncoderError, load_weights, weights_digest
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+_CPU_INFO = Path("/proc/cpuinfo")
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+class Encoder:
+    """A frozen network that turns tiles into features: resize, normalise, run, pool.
+
+    Tiles are resized to `input_px` (bilinear, antialiased) only where the network takes no other size, as vision
+    transformers do. A convolutional network gets the tile as it is: its pooled features are defined at any size, and
+    resampling twice would blur.
+
+    Attributes:
+        name: The name it was created by.
+        n_features: D, size of a feature vector.
+        input_px: Side of the images the network was trained on.
+        is_fixed_size: Whether tiles are resized to `input_px`.
+        mean: Channel means (R, G, B) in [0, 1] that are subtracted.
+        std: Channel standard deviations that are divided by.
+        device: Where the network is.
+        precision: fp32, bf16 or fp16: how the network computes. Features are returned in float32 always.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        input_px: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        is_fixed_size: bool,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.name = name
+        self.n_features = int(model.num_features)
+        self.input_px = input_px
+        self.is_fixed_size = is_fixed_size
+        self.mean = mean
+        self.std = std
+        self.device = device
+        self.precision: Precision = precision
+        self.model = model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)
+        # (x/255 - mean)/std as one product and one sum.
+        scale = 1.0 / (255.0 * torch.tensor(std))
+        self._scale = scale.view(1, 3, 1, 1).to(device)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of the weights."""
+        return weights_digest(self.model)
+
+    @torch.inference_mode()
+    def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Compute the features of a batch of tiles.
+
+        Args:
+            tiles: (B, H, W, 3) uint8, RGB, on any device.
+
+        Returns:
+            (B, D) float32 on the CPU.
+        """
+        with self._autocast():
+            features = self.model(self.normalise(tiles))
+        return features.float().cpu()  # (B, D)
+
+    def normalise(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 tiles (B, H, W, 3) into the network's input (B, 3, h, w), float32, on its device."""
+        if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.dtype != torch.uint8:
+            raise EncoderError(f"tiles must be (B, H, W, 3) uint8, got {tuple(tiles.shape)} {tiles.dtype}.")
+        images = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last
+        size = (self.input_px, self.input_px)
+        if self.is_fixed_size and images.shape[2:] != size:
+            images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        images = images.mul_(self._scale).add_(self._shift)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST_DTYPES[self.precision])
+
+
+def create_encoder(name: str, *, weights: Path | None = None, device: str = "auto", precision: str = "auto") -> Encoder:
+    """Create an encoder by name.
+
+    Args:
+        name: A timm model ("resnet50", "vit_small_patch16_224.augreg_in1k") or a Hugging Face id in timm's format
+            ("hf-hub:organisation/model").
+        weights: A local file of weights (.safetensors, or .pth, .pt, .bin of tensors alone). None: timm fetches the
+            pretrained weights from the Hugging Face hub, or takes them from its cache.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        precision: "fp32", "bf16", "fp16", or "auto": on CUDA bf16 where the hardware has it, else fp16; on a CPU bf16
+            where it has the instructions (AVX512-BF16 or AMX), else fp32.
+
+    Returns:
+        The encoder, its network on the device and in inference mode.
+
+    Raises:
+        EncoderError: If the name is not known, the weights cannot be had or do not fit, or device or precision is not
+            one that this machine has.
+    """
+    where = resolve_device(device)
+    how = resolve_precision(precision, where)
+    timm = import_timm()
+    model = _pretrained(timm, name) if weights is None else _architecture(timm, name)
+    if weights is not None:
+        load_weights(model, weights, classifiers=_classifier_names(model))
+    data = timm.data.resolve_data_config({}, model=model)
+    logger.info("encoder %s on %s in %s", name, where, how)
+    return Encoder(
+        model,
+        name=name,
+        input_px=int(data["input_size"][-1]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        # timm marks most networks of fixed size; a model from the hub may lack the mark, its patch embedding tells.
+        is_fixed_size=bool(model.pretrained_cfg.get("fixed_input_size")) or hasattr(model, "patch_embed"),
+        device=where,
+        precision=how,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise EncoderError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise EncoderError(
+            f"device {device!r} must be there, got {torch.cuda.device_count()} CUDA devices. Use --device cpu or auto."
+        )
+    return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """Choose what "auto" stands for on `device`; the other names are checked and kept."""
+    if precision in get_args(Precision):
+        return precision  # type: ignore[return-value]
+    if precision != "auto":
+        raise EncoderError(f"precision must be auto, {', '.join(get_args(Precision))}, got {precision!r}.")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself: emulated, bf16 is slower than fp32. Only Linux says without a library."""
+    if not _CPU_INFO.is_file():
+        return False
+    flags = next((line for line in _CPU_INFO.read_text().splitlines() if line.startswith("flags")), "")
+    return not _CPU_BF16_FLAGS.isdisjoint(flags.split())
+
+
+def _architecture(timm: object, name: str, **options: bool) -> nn.Module:
+    _check_name(timm, name)
+    try:
+        return timm.create_model(name, num_classes=0, **options)  # type: ignore[attr-defined]
+    except (RuntimeError, ValueError) as error:  # such as a tag that the model has no weights by
+        raise EncoderError(f"encoder {name!r} cannot be created: {error}") from error
+    except OSError as error:
+        raise EncoderError(_hub_message(name, error)) from error
+
+
+def _pretrained(timm: object, name: str) -> nn.Module:
+    logger.info("encoder %s: pretrained weights from the Hugging Face hub or its cache", name)
+    return _architecture(timm, name, pretrained=True)
+
+
+def _check_name(timm: object, name: str) -> None:
+    if name.startswith(_HUB_PREFIXES) or timm.is_model(name):  # type: ignore[attr-defined]
+        return
+    known = timm.list_models()  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else " See timm.list_models() for the names."
+    raise EncoderError(f"encoder must be a timm model or hf-hub:organisation/model, got {name!r}.{hint}")
+
+
+def _hub_message(name: str, error: OSError) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    source = name if name.startswith(_HUB_PREFIXES) else f"timm/{name}"
+    return (
+        f"weights of encoder {name!r} could not be had from the Hugging Face hub: {reason} "
+        f"Fetch model.safetensors of https://huggingface.co/{source.removeprefix('hf-hub:').removeprefix('hf_hub:')} "
+        "where there is a network (log in first if it is a gated model), and give the file with --weights FILE."
+    )
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,105 @@
+"""A small synthetic cohort of feature files: the positive slides hold a few tiles that the others never have."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from acmil.preprocessing.feature_file import FeatureMeta, write_feature_file
+
+N_FEATURES = 16
+WITNESSES = 3
+
+
+class FeatureCohort(NamedTuple):
+    """Where the synthetic cohort lies, and which tiles tell its classes apart."""
+
+    csv: Path
+    features: Path
+    witnesses: dict[str, list[int]]
+
+
+def write_bag(
+    folder: Path, slide_id: str, features: np.ndarray, *, encoder: str = "synthetic", tile_mpp: float = 0.5
+) -> Path:
+    """Write one feature file whose tiles stand in a row."""
+    n_tiles = len(features)
+    coords = np.stack([np.arange(n_tiles) * 224, np.zeros(n_tiles, int)], axis=1).astype(np.int64)
+    meta = FeatureMeta(
+        slide_id=slide_id,
+        encoder=encoder,
+        encoder_digest="0" * 64,
+        preprocessing_digest="1" * 64,
+        tile_px=224,
+        tile_level0_px=224,
+        overlap_px=0,
+        level0_width=224 * n_tiles,
+        level0_height=224,
+        level0_mpp=tile_mpp,
+        tile_mpp=tile_mpp,
+    )
+    path = folder / f"{slide_id}.h5"
+    write_feature_file(
+        path,
+        features=features.astype(np.float32),
+        coords=coords,
+        tissue_fraction=np.ones(n_tiles, np.float32),
+        meta=meta,
+    )
+    return path
+
+
+def make_cohort(folder: Path, *, n_slides: int = 32, seed: int = 0, **meta: Any) -> FeatureCohort:
+    """Write `n_slides` bags of two slides a case, half of them with witnesses, and their table with splits."""
+    generator = np.random.default_rng(seed)
+    features = folder / "features"
+    features.mkdir(parents=True)
+    lines, witnesses = ["slide_id,label,case_id,split"], {}
+    for index in range(n_slides):
+        slide_id, case = f"s{index:03d}", index // 2
+        positive = case % 2 == 1
+        n_tiles = int(generator.integers(20, 41))
+        values = generator.normal(size=(n_tiles, N_FEATURES))
+        chosen = generator.choice(n_tiles, size=WITNESSES, replace=False).tolist()
+        if positive:
+            values[chosen, 0] += 5.0
+            witnesses[slide_id] = chosen
+        write_bag(features, slide_id, values, **meta)
+        split = ("train", "train", "val", "test")[case // 2 % 4]
+        lines.append(f"{slide_id},{'tumour' if positive else 'normal'},c{case:03d},{split}")
+    table = folder / "cohort.csv"
+    table.write_text("\n".join(lines) + "\n")
+    return FeatureCohort(table, features, witnesses)
+
+
+@pytest.fixture(scope="session")
+def feature_cohort(tmp_path_factory) -> FeatureCohort:
+    """The cohort, made once; tests only read it."""
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="session")
+def trained_run(feature_cohort, tmp_path_factory) -> Path:
+    """A finished run on the cohort; tests only read it."""
+    from acmil.config import TrainConfig
+    from acmil.training_run import train
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    train(
+        TrainConfig(
+            cohort=feature_cohort.csv,
+            features=feature_cohort.features,
+            out=out,
+            epochs=40,
+            learning_rate=1e-2,
+            device="cpu",
+        )
+    )
+    return out
+
+
+@pytest.fixture
+def other_cohort():
+    """Make the cohort again, with features of another encoder or resolution."""
+    return make_cohort

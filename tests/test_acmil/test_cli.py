@@ -1,0 +1,83 @@
+"""The command line: start-up, exit status, one-line errors."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from acmil.cli import run_command_line
+
+HELP = """
+import sys
+from acmil.cli import run_command_line
+status = run_command_line({arguments})
+print("torch" in sys.modules, status)
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_does_not_import_torch():
+    code = HELP.format(arguments=["--help"])
+    result = run_python(code)
+    assert result.stdout.splitlines()[-1] == "False 0", result.stderr
+    assert "preprocess" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "preprocess", "train", "evaluate", "heatmap", "umap", "samples"])
+def test_help_of_each_command_does_not_import_torch(command):
+    code = HELP.format(arguments=[command, "--help"])
+    result = run_python(code)
+    assert result.stdout.splitlines()[-1] == "False 0", result.stderr
+
+
+def test_help_starts_in_half_a_second():
+    """The best of five: other work on the machine only ever adds time."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "acmil", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5, times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "trian"),
+        (["train", "--epoch", "3"], "epoch"),
+        (
+            ["train", "c.csv", "--features", "f", "--out", "o", "--epochs", "0"],
+            "epochs should be greater than or equal to 1, got 0",
+        ),
+        (["train", "c.csv", "--out", "o"], "features is missing. Give --features"),
+        (["train", "c.csv", "--features", "f", "--out", "o", "--config", "nothing.yaml"], "no configuration file"),
+    ],
+)
+def test_wrong_command_lines_exit_2_with_the_mend(capsys, arguments, message):
+    assert run_command_line(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) <= 2
+
+
+def test_failing_input_exits_1_and_debug_shows_the_traceback(capsys, tmp_path):
+    arguments = ["train", str(tmp_path / "none.csv"), "--features", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert run_command_line(arguments) == 1
+    error = capsys.readouterr().err
+    assert "none.csv" in error
+    assert "Traceback" not in error
+    assert run_command_line([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_config_file_is_read_and_flags_win(capsys, tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text(f"cohort: {tmp_path / 'from_file.csv'}\nfeatures: {tmp_path}\nout: {tmp_path / 'run'}\n")
+    assert run_command_line(["train", "--config", str(options)]) == 1
+    assert "from_file.csv" in capsys.readouterr().err
+    assert run_command_line(["train", str(tmp_path / "flag.csv"), "--config", str(options)]) == 1
+    assert "flag.csv" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""`acmil evaluate` and reading a run: held-out slides, unlabelled cohorts, refusals."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from acmil.cohort import CohortError
+from acmil.config import EvaluateConfig
+from acmil.evaluation import evaluate
+from acmil.runs import RunError, load_run
+
+
+def options(run, cohort, out, **others):
+    return EvaluateConfig(
+        **{"run": run, "cohort": cohort.csv, "features": cohort.features, "out": out, "device": "cpu"} | others
+    )
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rewrite(cohort, tmp_path, change):
+    rows = read_csv(cohort.csv)
+    rows = [new for row in rows if (new := change(row)) is not None]
+    table = tmp_path / "changed.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return cohort._replace(csv=table)
+
+
+def test_held_out_is_what_the_run_did_not_see(trained_run, feature_cohort, tmp_path):
+    summary = evaluate(options(trained_run, feature_cohort, tmp_path))
+    assert summary.n_slides == 8
+    assert {row["split"] for row in read_csv(tmp_path / "predictions.csv")} == {"test"}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    of_training = json.loads((trained_run / "metrics.json").read_text())["test"]
+    assert metrics["metrics"]["auroc"]["value"] == of_training["auroc"]["value"]
+    assert metrics["n_cases"] == 4
+    assert (tmp_path / "roc.png").stat().st_size > 5000
+
+
+def test_a_new_slide_of_a_training_case_is_not_held_out(trained_run, feature_cohort, tmp_path):
+    def rename(row):  # the slide is unknown to the run, its case is not
+        return row | {"case_id": "c000"} if row["split"] == "test" and row["slide_id"] == "s012" else row
+
+    summary = evaluate(options(trained_run, rewrite(feature_cohort, tmp_path, rename), tmp_path / "out"))
+    assert summary.n_slides == 8, "a slide that the run knows keeps its split"
+    rows = [row for row in read_csv(feature_cohort.csv) if row["split"] == "test"]
+    assert rows[0]["slide_id"] == "s012"
+
+
+def test_all_warns_that_training_slides_flatter(trained_run, feature_cohort, tmp_path, caplog):
+    assert evaluate(options(trained_run, feature_cohort, tmp_path, split="all")).n_slides == 32
+    assert "flatter the model" in caplog.text
+
+
+def test_without_labels_predictions_only(trained_run, feature_cohort, tmp_path):
+    bare = rewrite(feature_cohort, tmp_path, lambda row: {"slide_id": row["slide_id"], "case_id": row["case_id"]})
+    summary = evaluate(options(trained_run, bare, tmp_path / "out"))
+    assert summary.metrics is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.csv"}
+    assert len(read_csv(tmp_path / "out" / "predictions.csv")) == 8
+
+
+def test_a_label_that_the_run_does_not_know(trained_run, feature_cohort, tmp_path):
+    strange = rewrite(
+        feature_cohort, tmp_path, lambda row: row | {"label": "benign"} if row["label"] == "normal" else row
+    )
+    with pytest.raises(CohortError, match=r"classes \(normal, tumour\), got 'benign'"):
+        evaluate(options(trained_run, strange, tmp_path / "out"))
+
+
+def test_an_unknown_slide_is_named(trained_run, feature_cohort, tmp_path):
+    unknown = rewrite(
+        feature_cohort, tmp_path, lambda row: row | {"slide_id": "nobody"} if row["slide_id"] == "s012" else row
+    )
+    with pytest.raises(ValueError, match="nobody"):
+        evaluate(options(trained_run, unknown, tmp_path / "out"))
+
+
+def test_features_of_another_encoder_or_resolution_are_refused_unless_forced(trained_run, tmp_path, other_cohort):
+    other = other_cohort(tmp_path, encoder="another", tile_mpp=0.25)
+    with pytest.raises(
+        RunError, match=r"encoder 'another', trained on 'synthetic'.*µm per pixel 0.25, trained on 0.5.*--force"
+    ):
+        evaluate(options(trained_run, other, tmp_path / "out"))
+    assert evaluate(options(trained_run, other, tmp_path / "out", force=True)).n_slides == 8
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(RunError, match="not a finished run folder"):
+        load_run(tmp_path)
+
+
+def test_prediction_is_the_models_own(trained_run, feature_cohort):
+    from acmil.bags import BagDataset
+    from acmil.cohort import read_cohort
+
+    run = load_run(trained_run, device="cpu")
+    bag = BagDataset(feature_cohort.features, read_cohort(feature_cohort.csv).rows[:1], classes=run.classes)[0]
+    prediction = run.predict(bag)
+    assert prediction.attention.shape == (5, len(bag.features))
+    np.testing.assert_allclose(prediction.attention.sum(axis=1), 1, rtol=1e-5)
+    assert prediction.probabilities.sum() == pytest.approx(1)
+    assert prediction.hidden.shape == (len(bag.features), 8)
+    assert prediction.hidden.min() >= 0

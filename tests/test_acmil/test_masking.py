@@ -1,0 +1,86 @@
+"""Stochastic top-k masking: what is drawn, how often, and what always stays."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from acmil.models.masking import n_masked, stochastic_top_k_mask
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_each_of_the_top_is_masked_equally_often_and_nothing_else_ever():
+    n_rows, n_instances, top_k, n_drop = 20_000, 25, 10, 6
+    scores = torch.stack([torch.randperm(n_instances, generator=generator(1)).float()] * n_rows)
+    dropped = ~stochastic_top_k_mask(scores, top_k=top_k, ratio=0.6, generator=generator(2))
+    assert (dropped.sum(dim=1) == n_drop).all()
+    top = scores[0] >= n_instances - top_k
+    assert dropped[:, ~top].sum() == 0
+    counts = dropped[:, top].sum(dim=0).double()
+    p = n_drop / top_k
+    # Draws without replacement are negatively correlated, which the factor (n - 1) / n accounts for.
+    chi_square = ((counts - n_rows * p) ** 2 / (n_rows * p * (1 - p))).sum().item() * (top_k - 1) / top_k
+    assert chi_square < 27.88  # the 99.9 % point with 9 degrees of freedom
+    together = dropped[:, top].double().T @ dropped[:, top].double() / n_rows
+    pairs = together[~torch.eye(top_k, dtype=torch.bool)]
+    assert (pairs - n_drop * (n_drop - 1) / (top_k * (top_k - 1))).abs().max() < 5 * (1 / 3 * 2 / 3 / n_rows) ** 0.5
+
+
+def test_rows_are_drawn_on_their_own():
+    scores = torch.arange(30.0).repeat(50, 1)
+    keep = stochastic_top_k_mask(scores, top_k=10, ratio=0.5, generator=generator())
+    assert len({tuple(row) for row in keep.tolist()}) > 40
+
+
+def test_packed_bags_are_masked_each_on_its_own():
+    scores = torch.cat([torch.full((2, 20), 100.0), torch.zeros(2, 1), torch.zeros(2, 4)], dim=1)
+    keep = stochastic_top_k_mask(
+        scores, top_k=10, ratio=0.6, generator=generator(), offsets=torch.tensor([0, 20, 21, 25])
+    )
+    dropped = [part.sum(dim=1).tolist() for part in (~keep).split([20, 1, 4], dim=1)]
+    assert dropped == [[6, 6], [0, 0], [2, 2]]
+
+
+def test_the_same_generator_state_gives_the_same_mask_and_the_global_one_is_left_alone():
+    scores = torch.randn(3, 40, generator=generator())
+    before = torch.random.get_rng_state()
+    first, second = (stochastic_top_k_mask(scores, top_k=10, ratio=0.6, generator=generator(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@given(st.integers(1, 60), st.integers(0, 80), st.floats(0, 1))
+def test_at_least_one_instance_always_stays(n_instances, top_k, ratio):
+    scores = torch.randn(3, n_instances, generator=generator())
+    keep = stochastic_top_k_mask(scores, top_k=top_k, ratio=ratio, generator=generator())
+    assert keep.any(dim=1).all()
+    assert ((~keep).sum(dim=1) == n_masked(n_instances, top_k, ratio)).all()
+
+
+@pytest.mark.parametrize(
+    ("n_instances", "top_k", "ratio", "expected"),
+    [
+        (100, 10, 0.6, 6),
+        (500, 100, 0.29, 29),
+        (500, 10, 0.7, 7),
+        (7, 10, 0.6, 4),
+        (1, 10, 0.6, 0),
+        (2, 10, 1.0, 1),
+        (50, 0, 0.6, 0),
+        (50, 10, 0.0, 0),
+        (50, 10, 1.0, 10),
+        (10, 10, 1.0, 9),
+        (500, 10, 0.69999, 6),
+    ],
+)
+def test_number_masked(n_instances, top_k, ratio, expected):
+    assert n_masked(n_instances, top_k, ratio) == expected
+
+
+@pytest.mark.parametrize(("top_k", "ratio"), [(-1, 0.5), (10, -0.1), (10, 1.1), (10, float("nan"))])
+def test_options_out_of_range_are_refused(top_k, ratio):
+    with pytest.raises(ValueError, match="top_k >= 0 and ratio in"):
+        stochastic_top_k_mask(torch.zeros(1, 5), top_k=top_k, ratio=ratio)

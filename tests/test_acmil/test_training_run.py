@@ -1,0 +1,175 @@
+"""`acmil train`: the run folder, what it learns, resuming, and refusals."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from acmil.config import TrainConfig
+from acmil.runs import RunError, load_run
+from acmil.training_run import train
+
+
+def options(cohort, out, **others):
+    return TrainConfig(
+        **{"cohort": cohort.csv, "features": cohort.features, "out": out, "epochs": 3, "device": "cpu"} | others
+    )
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_time(path):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(path)]
+
+
+def test_the_run_folder_holds_what_it_should(trained_run):
+    names = {path.name for path in trained_run.iterdir()}
+    assert names == {
+        "config.yaml",
+        "splits.csv",
+        "history.csv",
+        "model.safetensors",
+        "last.safetensors",
+        "model.json",
+        "state.pt",
+        "metrics.json",
+        "predictions.csv",
+        "tensorboard",
+    }
+    history = read_csv(trained_run / "history.csv")
+    assert len(history) == 40
+    assert {
+        "epoch",
+        "learning_rate",
+        "train_loss",
+        "train_loss_bag",
+        "train_loss_branch",
+        "train_loss_diversity",
+        "val_loss",
+        "val_auroc",
+        "val_f1_macro",
+        "attention_entropy",
+        "attention_top10_mass",
+    } <= set(history[0])
+    for row in history:
+        total = sum(float(row[f"train_loss_{term}"]) for term in ("bag", "branch", "diversity"))
+        assert float(row["train_loss"]) == pytest.approx(total, rel=1e-4)
+    stored = yaml.safe_load((trained_run / "config.yaml").read_text())
+    assert stored["options"]["weight_decay"] == 1e-5
+    assert stored["versions"]["torch"]
+    assert list(trained_run.glob("tensorboard/events*"))
+
+
+def test_it_learns_the_planted_rule_and_attention_finds_it(trained_run, feature_cohort):
+    metrics = json.loads((trained_run / "metrics.json").read_text())
+    assert metrics["test"]["auroc"]["value"] == 1.0
+    assert metrics["test"]["auroc"]["low"] <= 1.0 <= metrics["test"]["auroc"]["high"]
+    run = load_run(trained_run, device="cpu")
+    from acmil.bags import BagDataset
+    from acmil.cohort import read_cohort
+
+    rows = [row for row in read_cohort(feature_cohort.csv).rows if row.split == "test" and row.label == "tumour"]
+    for bag in BagDataset(feature_cohort.features, rows, classes=run.classes):
+        top = run.predict(bag).attention.mean(axis=0).argmax()
+        assert top in feature_cohort.witnesses[bag.slide_id]
+
+
+def test_predictions_agree_with_the_metrics_and_the_model(trained_run, feature_cohort):
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    rows = [row for row in read_csv(trained_run / "predictions.csv") if row["split"] == "val"]
+    truth = np.array([row["label"] == "tumour" for row in rows])
+    probability = np.array([float(row["probability_tumour"]) for row in rows])
+    called = np.array([row["prediction"] == "tumour" for row in rows])
+    metrics = json.loads((trained_run / "metrics.json").read_text())["val"]
+    assert metrics["auroc"]["value"] == pytest.approx(roc_auc_score(truth, probability), abs=1e-6)
+    assert metrics["f1_macro"]["value"] == pytest.approx(f1_score(truth, called, average="macro"), abs=1e-6)
+    assert (called == (probability > 0.5)).all()
+
+
+def test_selected_epoch_is_the_best_by_validation(trained_run):
+    history = read_csv(trained_run / "history.csv")
+    score = [float(row["val_f1_macro"]) + float(row["val_auroc"]) for row in history]
+    chosen = json.loads((trained_run / "model.json").read_text())["selected_epoch"]
+    row = next(row for row in history if int(row["epoch"]) == chosen)
+    assert float(row["val_f1_macro"]) + float(row["val_auroc"]) == max(score)
+
+
+def test_same_seed_same_run_and_another_seed_another(feature_cohort, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(options(feature_cohort, tmp_path / name, seed=seed))
+    assert without_time(tmp_path / "a" / "history.csv") == without_time(tmp_path / "b" / "history.csv")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert without_time(tmp_path / "a" / "history.csv") != without_time(tmp_path / "c" / "history.csv")
+
+
+class Interruption(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+class InterruptAfter:
+    """A progress reporter that stops the run after some epochs."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def begin(self, title, total): ...
+
+    def end(self): ...
+
+    def advance(self, steps=1, note=""):
+        self.left -= 1
+        if self.left == 0:
+            raise Interruption
+
+
+@pytest.mark.parametrize("model", ["acmil_ga", "acmil_mha"])
+def test_an_interrupted_run_resumes_to_the_same_end(feature_cohort, tmp_path, model):
+    train(options(feature_cohort, tmp_path / "whole", epochs=6, model=model))
+    with pytest.raises(Interruption):
+        train(options(feature_cohort, tmp_path / "cut", epochs=6, model=model), progress=InterruptAfter(3))
+    with pytest.raises(RunError, match=r"not a finished run folder.*run `acmil train` again"):
+        load_run(tmp_path / "cut")
+    train(options(feature_cohort, tmp_path / "cut", epochs=6, model=model))
+    for name in ("model.safetensors", "last.safetensors", "predictions.csv", "metrics.json", "splits.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert without_time(tmp_path / "cut" / "history.csv") == without_time(tmp_path / "whole" / "history.csv")
+
+
+def test_a_folder_of_other_options_is_refused_with_the_differences(trained_run, feature_cohort):
+    with pytest.raises(RunError, match="epochs: 40 → 3"):
+        train(options(feature_cohort, trained_run, learning_rate=1e-3))
+
+
+def test_a_cohort_that_changed_under_the_run_is_refused(feature_cohort, tmp_path):
+    table = tmp_path / "cohort.csv"
+    table.write_bytes(feature_cohort.csv.read_bytes())
+    changed = feature_cohort._replace(csv=table)
+    train(options(changed, tmp_path / "run", epochs=1))
+    table.write_text(table.read_text().replace("s000,normal,c000,train\n", ""))
+    with pytest.raises(RunError, match="other slides or splits"):
+        train(options(changed, tmp_path / "run", epochs=1))
+
+
+def test_a_cohort_without_splits_is_split_by_case(feature_cohort, tmp_path):
+    table = tmp_path / "cohort.csv"
+    with feature_cohort.csv.open(newline="") as file:
+        table.write_text("".join(line.rsplit(",", 1)[0] + "\n" for line in file))
+    bare = feature_cohort._replace(csv=table)
+    train(options(bare, tmp_path / "run", epochs=1, val_fraction=0.25, test_fraction=0.25))
+    splits = {}
+    for row in read_csv(tmp_path / "run" / "splits.csv"):
+        splits.setdefault(row["case_id"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert {split for found in splits.values() for split in found} == {"train", "val", "test"}
+
+
+def test_abmil_is_one_branch_without_masking(feature_cohort, tmp_path):
+    train(options(feature_cohort, tmp_path / "run", n_branches=1, mask_top_k=0))
+    for row in read_csv(tmp_path / "run" / "history.csv"):
+        assert float(row["train_loss"]) == pytest.approx(float(row["train_loss_bag"]), rel=1e-6)
