@@ -1,9 +1,7 @@
 """Weights and training state on disk: written whole or not at all, read without running anyone's code."""
 
-import os
 import pickle
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from acmil.preprocessing.atomic import replacing
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -30,7 +30,8 @@ def save_weights(path: Path | str, model: nn.Module) -> None:
         OSError: If the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write_whole(Path(path), lambda temporary: save_file(tensors, temporary))
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_weights(path: Path | str, model: nn.Module) -> None:
@@ -90,7 +91,8 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
         OSError: If the file cannot be written.
     """
     _check_plain(state, "state")
-    _write_whole(Path(path), lambda temporary: torch.save(dict(state), temporary))
+    with replacing(Path(path)) as temporary:
+        torch.save(dict(state), temporary)
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
@@ -120,15 +122,3 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(item, f"{where}[{index}]")
     elif type(value) not in _PLAIN and not isinstance(value, Tensor):
         raise TypeError(f"{where} must be a tensor or a plain value, got {type(value).__name__}.")
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name beside `path` and rename, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

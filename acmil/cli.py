@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-from rich.console import Console
 
 from acmil import __version__
 from acmil.config import DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
@@ -47,9 +46,13 @@ def _option(name: str, field: Any) -> inspect.Parameter:
 def _command(name: str, model: type[BaseModel], target: str, summary: str) -> None:
     """Register a command: its options are the model's fields, its work the function `module:function`."""
 
-    def run(config: Path | None = None, quiet: bool = False, debug: bool = False, **given: Any) -> int:
-        options = {key: value for key, value in given.items() if value is not None}
-        settings = load_config(model, config, **options)
+    def run(*arguments: Any, **keywords: Any) -> int:
+        given = {
+            key: value for key, value in signature.bind(*arguments, **keywords).arguments.items() if value is not None
+        }
+        config, quiet = given.pop("config", None), given.pop("quiet", False)
+        given.pop("debug", None)  # read where errors are shown
+        settings = load_config(model, config, **given)
         module, function = target.split(":")
         with TerminalProgress(quiet=quiet) as progress:
             result = getattr(import_module(module), function)(settings, progress=progress)
@@ -83,7 +86,8 @@ def _command(name: str, model: type[BaseModel], target: str, summary: str) -> No
             annotation=Annotated[bool, Parameter(help="Show the traceback of an error.", negative=())],
         ),
     ]
-    run.__signature__ = inspect.Signature([*fields, *shared])  # type: ignore[attr-defined]
+    signature = inspect.Signature([*fields, *shared])
+    run.__signature__ = signature  # type: ignore[attr-defined]
     run.__doc__ = summary
     app.command(run, name=name)
 
@@ -91,7 +95,7 @@ def _command(name: str, model: type[BaseModel], target: str, summary: str) -> No
 def _announce(result: Any, *, quiet: bool) -> int:
     """Print a command's summary line(s); a summary that counts failures sets the exit status."""
     if not quiet:
-        print(result)
+        print("\n".join(map(str, result)) if isinstance(result, list) else result)
     return FAILED if getattr(result, "failed", 0) else DONE
 
 
@@ -124,15 +128,12 @@ app["evaluate"].alias = ("eval",)
 @samples.command(name="list")
 def list_samples() -> int:
     """List the samples with licence and provenance."""
-    from rich.table import Table
-
     from acmil.samples import sample_table
 
-    rows = sample_table()
-    table = Table(*rows[0], box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    for row in sample_table():
+        print(f"{row.pop('name')}")
+        for name, value in row.items():
+            print(f"  {name.replace('_', ' ') + ':':<12} {value}")
     return DONE
 
 

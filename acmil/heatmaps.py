@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acmil.attention_maps import (
+    MEAN_BRANCH,
     attention_geojson,
     percentile_rank,
     relative_attention,
@@ -178,9 +179,8 @@ def read_slide_attention(
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
         thumbnail = _thumbnail(slide, thumbnail_mpp)
-    bag = Bag(
-        features.meta.slide_id, features.features(), features.coords(), label=None, case_id=features.meta.slide_id
-    )
+    slide_id = features.meta.slide_id
+    bag = Bag(slide_id, features.features(), features.coords(), label=None, case_id=slide_id)
     predicted = run.predict(bag)
     return SlideAttention(
         slide_id=slide_path.stem,
@@ -206,11 +206,9 @@ def branch_name(branch: str | int, n_branches: int) -> str:
     """Say in words which attention is shown."""
     if n_branches == 1:
         return "attention of the only branch"
-    return (
-        f"mean attention of {n_branches} branches"
-        if branch == "mean"
-        else f"attention of branch {branch} of 0 to {n_branches - 1}"
-    )
+    if branch == MEAN_BRANCH:
+        return f"mean attention of {n_branches} branches"
+    return f"attention of branch {branch} of 0 to {n_branches - 1}"
 
 
 def _write_maps(config: "HeatmapConfig", run: Run, path: Path) -> Path:
@@ -270,9 +268,10 @@ def _thumbnail(slide: Slide, mpp: float | None) -> Thumbnail:
 def _check_size(slide: Slide, meta: FeatureMeta, feature_path: Path) -> None:
     if (slide.width, slide.height) != (meta.level0_width, meta.level0_height):
         raise HeatmapError(
-            f"slide '{slide.slide_id}' must have the size its features were made from, {meta.level0_width} x {meta.level0_height} px, "
-            f"got {slide.width} x {slide.height} px ({slide.path}, {feature_path}). They are different slides of one name, "
-            "or the slide was exported anew: preprocess it again."
+            f"slide '{slide.slide_id}' must have the size its features were made from, "
+            f"{meta.level0_width} x {meta.level0_height} px, "
+            f"got {slide.width} x {slide.height} px ({slide.path}, {feature_path}). "
+            "They are different slides of one name, or the slide was exported anew: preprocess it again."
         )
 
 

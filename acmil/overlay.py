@@ -62,9 +62,8 @@ class ColourScale:
         """
         values = np.asarray(values, dtype=np.float64)
         missing = np.isnan(values)
-        rgb = self.cmap(self.norm(np.where(missing, self.low, np.clip(values, self.low, self.high))), bytes=True)[
-            ..., :3
-        ]
+        filled = np.clip(np.where(missing, self.low, values), self.low, self.high)
+        rgb = np.asarray(self.cmap(self.norm(filled), bytes=True))[..., :3]  # a tuple for a single score
         return np.where(missing[..., None], np.uint8(0), rgb)
 
 
@@ -100,7 +99,8 @@ def percentile_scale() -> ColourScale:
         label="percentile of attention within this slide",
         caption=(
             "Rank within this slide alone: every slide has tiles near 100, also one on which the model prefers "
-            "nothing. Do not compare between slides. Attention is what the model weighs, not the probability of a lesion."
+            "nothing. Do not compare between slides. "
+            "Attention is what the model weighs, not the probability of a lesion."
         ),
         low=0.0,
         high=100.0,

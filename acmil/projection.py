@@ -1,6 +1,7 @@
 """UMAP of instance features: which tiles to take, the projection, and the `umap` command."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from acmil.runs import Run, load_run
 
 if TYPE_CHECKING:
     import pandas as pd
+    from umap import UMAP
 
     from acmil.config import UmapConfig
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 PCA_DIMENSIONS = 50
 SMALLEST_SAMPLE = 8
 TOP_SHARE = 0.25
+_SPACES = {"hidden": "model's", "encoder": "encoder's"}
 
 
 class ProjectionError(ValueError):
@@ -80,16 +83,20 @@ def project(features: np.ndarray, *, n_neighbors: int = 15, min_dist: float = 0.
             f"UMAP needs at least {SMALLEST_SAMPLE} tiles, got {len(features)}. Add slides, or raise --tiles-per-slide."
         )
     if n_neighbors >= len(features):
-        logger.warning(
-            "n_neighbors lowered from %d to %d: there are only %d tiles", n_neighbors, len(features) - 1, len(features)
-        )
+        logger.warning("n_neighbors lowered from %d: there are only %d tiles", n_neighbors, len(features))
         n_neighbors = len(features) - 1
     reduced = _reduce(np.asarray(features, dtype=np.float32), seed)
-    from umap import UMAP  # imported here: compiling its parts takes seconds
-
     # With a seed UMAP runs on one thread anyway; saying so keeps it from warning.
-    reducer = UMAP(n_neighbors=n_neighbors, min_dist=min_dist, init="pca", random_state=seed, n_jobs=1)
+    reducer = _umap_class()(n_neighbors=n_neighbors, min_dist=min_dist, init="pca", random_state=seed, n_jobs=1)
     return np.asarray(reducer.fit_transform(reduced), dtype=np.float32)
+
+
+def _umap_class() -> type["UMAP"]:
+    """UMAP, imported when needed: compiling its parts takes seconds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Tensorflow not installed", ImportWarning)  # for a variant not used here
+        from umap import UMAP
+    return UMAP
 
 
 def _reduce(features: np.ndarray, seed: int) -> np.ndarray:
@@ -132,7 +139,8 @@ def umap(config: "UmapConfig", *, progress: Progress | None = None) -> Path:
         slides=table["slide_id"].tolist(),
         labels=table["label"].fillna("no label").tolist() if labelled else None,
         branches=table["branch"].to_numpy() if table["branch"].nunique() > 1 else None,
-        title=f"UMAP of the {'model’s' if config.space == 'hidden' else 'encoder’s'} tile features ({config.split} slides)",
+        title=f"UMAP of the {_SPACES[config.space]} tile features, {config.split} slides",
+        note=f"Of each slide's sample {TOP_SHARE:.0%} are its most attended tiles, the others were drawn at random.",
     )
     figure.savefig(config.out / "umap.png", dpi=130)
     return config.out / "umap.png"
@@ -151,7 +159,7 @@ def sample_cohort(
 
     Returns:
         A table, one row a tile (slide_id, x, y in level-0 px, attention as the mean over branches, relative_attention,
-        branch that attends most to the tile relative to its mean, label, split), and the tiles' features (M, D).
+        branch that attends most to the tile, label, split), and the tiles' features (M, D).
     """
     import pandas as pd
 

@@ -15,7 +15,7 @@ from acmil.bags import Bag, pack
 from acmil.checkpoint import load_weights
 from acmil.cohort import Cohort, CohortError, CohortRow
 from acmil.devices import choose_device
-from acmil.models import MILOutput, create_model
+from acmil.models import MILModel, MILOutput, create_model
 
 if TYPE_CHECKING:
     from acmil.preprocessing.feature_file import FeatureMeta
@@ -50,7 +50,7 @@ class Run:
     """A trained model with what is needed to use it rightly."""
 
     folder: Path
-    model: torch.nn.Module
+    model: MILModel
     classes: tuple[str, ...]
     encoder: str
     encoder_digest: str

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from acmil.bags import Bag
+    from acmil.models.protocol import MILModel
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class _Validation(NamedTuple):
 
 
 def fit(
-    model: nn.Module,
+    model: "MILModel",
     train_bags: "Sequence[Bag]",
     val_bags: "Sequence[Bag]",
     *,
@@ -261,7 +262,7 @@ def selection_score(metrics: Mapping[str, float]) -> float:
 
 
 @torch.no_grad()
-def _validate(model: nn.Module, bags: _LoadedBags, score: Score) -> _Validation:
+def _validate(model: "MILModel", bags: _LoadedBags, score: Score) -> _Validation:
     """Loss, metrics and spread of the attention over bags, in evaluation mode."""
     model.eval()
     logits, spread = [], []

@@ -17,7 +17,7 @@ from acmil.cohort import Cohort, CohortRow, read_cohort
 from acmil.devices import choose_device
 from acmil.json_file import write_json
 from acmil.metrics import classification_metrics, describe_metrics, metrics_with_intervals
-from acmil.models import create_model
+from acmil.models import MILModel, create_model
 from acmil.preprocessing.atomic import write_text
 from acmil.runs import RunError, load_run, write_predictions
 from acmil.splits import assign_splits, check_splits, write_splits
@@ -98,7 +98,7 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
     return RunSummary(config.out, metrics, config.epochs, sum(record.seconds for record in result.history))
 
 
-def build_model(config: "TrainConfig", *, in_features: int, n_classes: int) -> torch.nn.Module:
+def build_model(config: "TrainConfig", *, in_features: int, n_classes: int) -> MILModel:
     """Create the model of a config with weights drawn from its seed, leaving the global generator as it was."""
     options = (
         {"attention_features": config.attention_features}

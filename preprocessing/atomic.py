@@ -31,6 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush_to_disk(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` in one step, as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` in one step, as `replacing` does."""
     with replacing(path) as temporary:

@@ -79,7 +79,7 @@ def tile_grid(
     step = tile_step_level0_px(tile_px=tile_px, overlap_px=overlap_px, tile_level0_px=side)
     coords = grid_coords(slide.bounds, side_level0_px=side, step_level0_px=step)  # (M, 2)
     fraction = area_fraction(tissue.mask, np.hstack([coords, coords + side]) / tissue.downsample)  # (M,)
-    keep = fraction >= min_tissue
+    keep = fraction >= min_tissue - 1e-9  # A tile that is all tissue may come out a rounding error under 1.
     return TileGrid(
         coords=coords[keep],
         tissue_fraction=fraction[keep].astype(np.float32),

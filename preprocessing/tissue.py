@@ -98,10 +98,9 @@ def find_tissue(
 def tissue_mask(image: np.ndarray) -> np.ndarray:
     """Mark the stained pixels of uint8 RGB (h, w, 3) in a bool (h, w), before any morphology."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    saturation = np.where(hsv[..., 2] >= DARKEST_TISSUE, hsv[..., 1], 0).astype(np.uint8)
-    saturation = cv2.medianBlur(
-        saturation, 5
-    )  # 5 px: removes the colour fringes of single dirt grains and block edges.
+    lit = hsv[..., 2] >= DARKEST_TISSUE
+    # The median takes away the colour fringes of single dirt grains.
+    saturation = cv2.medianBlur(np.where(lit, hsv[..., 1], 0).astype(np.uint8), 5)
     otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return saturation > np.clip(otsu, SATURATION_FLOOR, SATURATION_CEILING)
 
@@ -119,8 +118,7 @@ def area_fraction(mask: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N,) in [0, 1]; 0 for a box without area.
     """
-    integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.float64)
-    integral[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
+    integral = cv2.integral(mask.astype(np.uint8))  # int32 (h + 1, w + 1)
     left, top, right, bottom = np.asarray(boxes, np.float64).reshape(-1, 4).T  # (N,) each
     covered = (
         _bilinear(integral, right, bottom)
@@ -173,11 +171,10 @@ def _outlines(mask: np.ndarray, downsample: float) -> tuple[Polygon, ...]:
     """Trace the mask; OpenCV gives two levels of contours: exteriors, and the holes in them."""
     # OpenCV joins the centres of edge pixels. On the doubled mask they lie a quarter of a mask pixel inside the edge,
     # and a piece one pixel wide still encloses an area.
-    doubled = np.kron(mask.astype(np.uint8), np.ones((2, 2), np.uint8))
+    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = [
-        (cv2.approxPolyDP(contour, 1.0, closed=True)[:, 0] + 0.5) / 2 * downsample for contour in contours
-    ]  # (M, 2)
+    simple = [cv2.approxPolyDP(contour, 1.0, closed=True)[:, 0] for contour in contours]  # (M, 2) each
+    rings = [(ring + 0.5) / 2 * downsample for ring in simple]
     holes: dict[int, list[np.ndarray]] = {}
     for ring, (_, _, _, parent) in zip(rings, hierarchy[0] if contours else (), strict=True):
         if parent >= 0 and len(ring) >= 3:

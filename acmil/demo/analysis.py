@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from acmil.attention_maps import concentration_curve
 from acmil.bags import Bag, BagDataset
 from acmil.cohort import Cohort
-from acmil.demo.planted import tile_lesion_fraction
+from acmil.demo.lesion_truth import tile_lesion_fraction
 from acmil.runs import Run
 
 LESION_TILE_FRACTION = 0.5  # a tile is lesion when at least half of it lies in an outline, normal when none does
@@ -84,15 +84,11 @@ def mean_feature(bag: Bag) -> np.ndarray:
     return np.asarray(bag.features, dtype=np.float64).mean(axis=0)
 
 
-def concentration_curves(run: Run, cohort: Cohort, features: Path, *, n_points: int = 50) -> np.ndarray:
-    """Attention concentration of the test slides: mean cumulative share of the 1, 2, … `n_points` most attended tiles.
+def concentration_curves(run: Run, cohort: Cohort, features: Path) -> list[np.ndarray]:
+    """Attention concentration of each test slide, the paper's own measure (Zhang et al., ECCV 2024).
 
     Returns:
-        (n_points,) float64, rising to at most 1. The paper's own measure (Zhang et al., ECCV 2024, arXiv 2311.07125).
+        For each test slide the cumulative share of its tiles in falling order of attention, (N,), rising to 1.
     """
     bags = BagDataset(features, [row for row in cohort.rows if row.split == "test"], classes=cohort.classes)
-    curves = []
-    for bag in bags:
-        curve = concentration_curve(run.predict(bag).attention.mean(axis=0))  # (N,)
-        curves.append(np.pad(curve, (0, max(0, n_points - len(curve))), mode="edge")[:n_points])
-    return np.mean(curves, axis=0)
+    return [concentration_curve(run.predict(bag).attention.mean(axis=0)) for bag in bags]

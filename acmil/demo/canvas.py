@@ -12,9 +12,11 @@ MIN_TISSUE = 0.25  # a tile counts as tissue from this share on, as in preproces
 TISSUE_TILES = (54, 84)  # tissue tiles a slide: inside 50 to 90 even if a tissue finder draws the edge differently
 
 _CELLS_PER_TILE = TILE_PX // COARSE_PX
-_PATCH_SIDE_PX = 2 * 400
-_PATCH_RADIUS_PX = (190, 320)
+_PATCH_RADIUS_PX = (260, 410)  # below PAD_PX
+_N_SHAPES = 5
+_CELLULARITY_SPREAD = 2.5
 _FEATHER_PX = 12.0
+_FRAME_CELLS = 9.0
 _MAX_PATCHES = 400
 
 
@@ -45,7 +47,7 @@ def draw_outline(rng: np.random.Generator) -> Outline:
     while True:
         n_tiles = int(rng.integers(TISSUE_TILES[0], TISSUE_TILES[1] + 1))
         aspect = float(np.exp(rng.uniform(-0.35, 0.35)))
-        columns, rows = (round(np.sqrt(1.75 * n_tiles * ratio)) for ratio in (aspect, 1.0 / aspect))
+        columns, rows = (round(np.sqrt(1.6 * n_tiles * ratio)) for ratio in (aspect, 1.0 / aspect))
         field = _outline_field(rng, rows * _CELLS_PER_TILE, columns * _CELLS_PER_TILE)
         inside = _threshold_for(field, n_tiles)
         if inside is not None:
@@ -58,8 +60,9 @@ def _outline_field(rng: np.random.Generator, height: int, width: int) -> np.ndar
     field = 1.0 - np.sqrt(x**2 + y**2)
     for sigma, amplitude in ((26.0, 0.22), (10.0, 0.08), (4.0, 0.025)):
         field += amplitude * smooth_noise(rng, (height, width), sigma)
-    border = np.minimum(1.0 - np.abs(x), 1.0 - np.abs(y))
-    return field - 2.0 * np.maximum(0.0, 0.12 - border)  # glass all round
+    frame = np.minimum(np.minimum(1.0 + x, 1.0 - x) * width, np.minimum(1.0 + y, 1.0 - y) * height) / 2  # cells
+    wanted = _FRAME_CELLS + 2.0 * np.clip(smooth_noise(rng, (height, width), 6.0), -1.5, 1.5)
+    return field - np.maximum(0.0, wanted - frame)  # glass all round
 
 
 def _threshold_for(field: np.ndarray, n_tiles: int) -> np.ndarray | None:
@@ -114,9 +117,9 @@ def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator) -> np.nd
     height, width = (side * COARSE_PX for side in outline.depth_px.shape)
     density = np.zeros((height + 2 * PAD_PX, width + 2 * PAD_PX, 3), np.float32)
     open_cells = outline.depth_px > -2 * COARSE_PX
-    weight = np.exp(rng.normal(0.0, 2.5) * part.cellularity)
+    weight = np.exp(rng.normal(0.0, _CELLULARITY_SPREAD) * part.cellularity)
     weight /= weight.sum()
-    shapes = [_patch_shape(rng) for _ in range(6)]
+    shapes = [_patch_shape(rng) for _ in range(_N_SHAPES)]
     for _ in range(_MAX_PATCHES):
         y, x = np.nonzero(open_cells)
         if len(y) == 0:
@@ -130,43 +133,56 @@ def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator) -> np.nd
     return density[PAD_PX : PAD_PX + height, PAD_PX : PAD_PX + width]
 
 
-def _patch_shape(rng: np.random.Generator) -> np.ndarray:
-    """Opacity of an irregular patch, float32 (side, side), 1 in the middle and 0 at the frame."""
-    side = _PATCH_SIDE_PX
+def _patch_shape(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an irregular patch: its depth in px and the fraying of source edges inside it, both float32 (side, side)."""
+    cells = int(np.ceil(rng.uniform(*_PATCH_RADIUS_PX) / COARSE_PX))
+    side = 2 * cells * COARSE_PX
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) - (side - 1) / 2
-    radius = rng.uniform(*_PATCH_RADIUS_PX)
-    depth = radius - np.hypot(x, y)
-    depth += 0.2 * radius * smooth_noise(rng, (side, side), 60.0) + 8.0 * smooth_noise(rng, (side, side), 10.0)
-    frame = side / 2 - np.maximum(np.abs(x), np.abs(y))
-    return np.clip(np.minimum(depth, frame) / (2 * _FEATHER_PX) + 0.5, 0.0, 1.0) * (frame > 1)
+    radius = 0.75 * side / 2
+    waves = _enlarged_noise(rng, side, 60.0), _enlarged_noise(rng, side, 12.0), _enlarged_noise(rng, side, 20.0)
+    depth = radius - np.hypot(x, y) + 0.15 * radius * waves[0] + 8.0 * waves[1]
+    frame = side / 2 - _FEATHER_PX - np.maximum(np.abs(x), np.abs(y))
+    return np.minimum(depth, frame), 30.0 + 12.0 * np.clip(waves[2], -1.5, 1.5)
+
+
+def _enlarged_noise(rng: np.random.Generator, side: int, sigma_px: float) -> np.ndarray:
+    noise = smooth_noise(rng, (side // 4, side // 4), sigma_px / 4)
+    return cv2.resize(noise, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def _cut_patch(
-    part: TissuePart, centre: np.ndarray, shape: np.ndarray, rng: np.random.Generator
+    part: TissuePart, centre: np.ndarray, shape: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    half = _PATCH_SIDE_PX // 2
+    """Cut density (side, side, 3) and opacity (side, side) of a patch around a centre, turned at random."""
+    depth, fraying = shape
+    half = len(depth) // 2
     window = np.s_[centre[1] - half : centre[1] + half, centre[0] - half : centre[0] + half]
-    patch, opacity = part.density[window], part.usable[window] * shape
-    turns = int(rng.integers(4))
-    patch, opacity = np.rot90(patch, turns), np.rot90(opacity, turns)
-    if rng.integers(2):
-        patch, opacity = patch[:, ::-1], opacity[:, ::-1]
-    return patch, opacity
+    depth = np.minimum(depth, part.depth_px[window] - fraying)
+    opacity = np.clip(depth / (2 * _FEATHER_PX) + 0.5, 0.0, 1.0)
+    turn = (None, cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWISE)[rng.integers(4)]
+    mirrored = bool(rng.integers(2))
+
+    def oriented(array: np.ndarray) -> np.ndarray:
+        turned = array if turn is None else cv2.rotate(array, turn)
+        return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+
+    return oriented(np.ascontiguousarray(part.density[window])), oriented(opacity)
 
 
 def _lay(density: np.ndarray, patch: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:
-    left, top = (PAD_PX + index * COARSE_PX + COARSE_PX // 2 - _PATCH_SIDE_PX // 2 for index in cell)
-    below = density[top : top + _PATCH_SIDE_PX, left : left + _PATCH_SIDE_PX]
-    below += opacity[..., None] * (patch - below)
+    side = len(opacity)
+    left, top = (PAD_PX + index * COARSE_PX + COARSE_PX // 2 - side // 2 for index in cell)
+    below = density[top : top + side, left : left + side]
+    below[:] = cv2.blendLinear(patch, np.ascontiguousarray(below), opacity, 1.0 - opacity)
 
 
 def _close_cells(open_cells: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:
     """Mark as filled every cell that the patch covers well."""
-    cells = _PATCH_SIDE_PX // COARSE_PX
-    covered = opacity[COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX] >= 0.98  # (cells, cells)
-    left, top = cell[0] - cells // 2, cell[1] - cells // 2
+    half = len(opacity) // COARSE_PX // 2
+    covered = opacity[::COARSE_PX, ::COARSE_PX] >= 0.98  # (cells, cells)
+    left, top = cell[0] - half, cell[1] - half
     height, width = open_cells.shape
-    rows, columns = slice(max(0, top), min(height, top + cells)), slice(max(0, left), min(width, left + cells))
+    rows, columns = slice(max(0, top), min(height, top + 2 * half)), slice(max(0, left), min(width, left + 2 * half))
     open_cells[rows, columns] &= ~covered[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     open_cells[cell[1], cell[0]] = False
 

@@ -1,7 +1,8 @@
 """The demo's page: one HTML file beside the pictures, readable from disk without a network."""
 
 import csv
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,23 @@ KINDS = {
 }
 
 
-def write_page(out: Path, values: Mapping[str, Any], concentration: Mapping[str, np.ndarray], *, positive: str) -> Path:
+def write_page(
+    out: Path, values: Mapping[str, Any], concentration: Mapping[str, Sequence[np.ndarray]], *, positive: str
+) -> Path:
     """Draw the page's own figures and write OUT/index.html.
 
     Args:
         out: The demo's folder; the pictures of its stages are there already.
         values: What summary.json holds.
-        concentration: Model name → mean concentration curve of the test slides, (points,).
+        concentration: Model name → concentration curve of each test slide, (N,).
         positive: The class that carries lesions.
     """
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
-    histories = {
-        name: read_history(out / run / "history.csv") for name, run in (("ACMIL", "run"), ("ABMIL", "run_abmil"))
-    }
-    training_curves_figure(histories).savefig(figures / "training.png", dpi=DPI)
+    for name, run in (("ACMIL", "run"), ("ABMIL", "run_abmil")):
+        selected = json.loads((out / run / "model.json").read_text(encoding="utf-8"))["selected_epoch"]
+        figure = training_curves_figure(read_history(out / run / "history.csv"), selected_epoch=selected, title=name)
+        figure.savefig(figures / f"{run}.png", dpi=DPI)
     concentration_figure(concentration).savefig(figures / "concentration.png", dpi=DPI)
     environment = Environment(loader=PackageLoader("acmil"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("demo.html").render(
@@ -56,7 +59,7 @@ def read_history(path: Path) -> dict[str, np.ndarray]:
 
 
 def group_calls(predictions: Path, *, positive: str) -> dict[str, list[dict[str, Any]]]:
-    """Group predictions.csv by truth and call, the most confident first: kind → slide_id and probability of a lesion."""
+    """Group predictions.csv by truth and call, the most confident first: kind → slide_id and probability."""
     with predictions.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS.values()}

@@ -1,18 +1,19 @@
 """The demo: the whole pipeline, from composed slides to a page of results."""
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from acmil import environment
+from acmil.bags import BagDataset
 from acmil.cohort import Cohort, read_cohort
 from acmil.config import EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
 from acmil.config_file import load_config
-from acmil.demo.analysis import Localisation, concentration_curves, lesion_localisation, mean_pool_auroc
+from acmil.demo.analysis import concentration_curves, lesion_localisation, mean_pool_auroc
 from acmil.demo.page import write_page
 from acmil.demo.planted import DEFAULT_DIFFICULTY, compose_cohort
 from acmil.devices import choose_device
@@ -30,23 +31,10 @@ if TYPE_CHECKING:
     from acmil.config import DemoConfig
     from acmil.preprocessing.progress import Progress
 
-logger = logging.getLogger(__name__)
-
 POSITIVE = "lesion"
+RUNS = {"ACMIL": ("run", "acmil_ga"), "ABMIL": ("run_abmil", "abmil")}  # name on the page → folder, preset
 
-
-@dataclass
-class Stopwatch:
-    """Seconds of each stage, in the order they ran."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,161 +48,141 @@ class DemoSummary:
         values = self.values
         low, high = values["test_auroc_ci"]
         return (
-            f"{self.folder / 'index.html'}: test AUROC {values['test_auroc']:.3f} [{low:.3f}, {high:.3f}] on planted lesions, "
-            f"lesion tile AUROC {values['lesion_tile_auroc']:.3f}, mean pooling {values['mean_pool_test_auroc']:.3f}, "
-            f"{values['seconds']['total']:.0f} s"
+            f"{self.folder / 'index.html'}: planted lesions: test AUROC {values['test_auroc']:.3f} "
+            f"[{low:.3f}, {high:.3f}], mean pooling {values['mean_pool_test_auroc']:.3f}; "
+            f"lesion tile AUROC {values['lesion_tile_auroc']:.3f}; {values['seconds']['total']:.0f} s"
         )
 
 
 def demo(config: "DemoConfig", *, progress: "Progress | None" = None) -> DemoSummary:
-    """Run the whole pipeline into `config.out`: slides, features, runs, evaluation, heatmaps, UMAP, index.html, summary.json.
+    """Run the whole pipeline into `config.out`, from composed slides to index.html and summary.json.
 
-    The cohort is composed from real tissue texture with planted lesions: it tests the pipeline and has no medical meaning.
-    What an earlier, interrupted demo of the same options finished is not done again.
+    The cohort is composed of real tissue texture with planted lesions: it tests the pipeline, and means nothing
+    medically. Stages that an earlier, interrupted demo of the same options finished are not done again.
     """
-    out, watch, start = config.out, Stopwatch(), time.perf_counter()
-    difficulty = DEFAULT_DIFFICULTY if config.difficulty is None else config.difficulty
-    with watch.stage("samples"):
-        source, weights = fetch_sample("cmu-1-small-region"), fetch_sample("efficientnet-lite0")
-    with watch.stage("compose"):
+    return _Demo(config, progress).run()
+
+
+class _Demo:
+    """The stages of one demo, each timed."""
+
+    def __init__(self, config: "DemoConfig", progress: "Progress | None") -> None:
+        self.config, self.progress, self.out = config, progress, config.out
+        self.features = self.out / "job" / "features"
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> DemoSummary:
+        start = time.perf_counter()
+        source = self.stage("samples", lambda: fetch_sample("cmu-1-small-region"))
+        weights = self.stage("samples", lambda: fetch_sample("efficientnet-lite0"))
+        self.stage("compose", lambda: self.compose(source))
+        job = self.stage("preprocess", lambda: self.preprocess([self.out / "slides"], self.out / "job", weights))
+        for folder, preset in RUNS.values():
+            self.stage(f"train {preset}", lambda folder=folder, preset=preset: self.train(folder, preset))
+        cohort = read_cohort(self.out / "cohort.csv")
+        values = self.stage("evaluate", lambda: self.evaluate(cohort))
+        test = [self.out / "slides" / f"{row.slide_id}.tif" for row in cohort.rows if row.split == "test"]
+        self.stage("heatmaps", lambda: self.heatmaps(test, self.features, self.out / "heatmaps", self.out / "lesions"))
+        self.stage("umap", self.umap)
+        real = self.stage("real slide", lambda: self.real_slide(source, weights))
+        self.seconds["total"] = time.perf_counter() - start
+        values |= {"n_tiles": job.tiles, "n_tiles_real_slide": real.tiles, **self.circumstances()}
+        write_json(self.out / "summary.json", values)
+        write_page(self.out, values, self.concentration(cohort), positive=POSITIVE)
+        return DemoSummary(self.out, values)
+
+    def stage(self, name: str, work: Callable[[], Result]) -> Result:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    @property
+    def difficulty(self) -> float:
+        return DEFAULT_DIFFICULTY if self.config.difficulty is None else self.config.difficulty
+
+    def compose(self, source: Path) -> None:
         compose_cohort(
             source,
-            out,
-            n_slides=config.n_slides,
-            difficulty=difficulty,
-            seed=config.cohort_seed,
-            workers=config.workers,
-            progress=progress,
+            self.out,
+            n_slides=self.config.n_slides,
+            difficulty=self.difficulty,
+            seed=self.config.cohort_seed,
+            workers=self.config.workers,
+            progress=self.progress,
         )
-    with watch.stage("preprocess"):
-        job = _preprocess(config, [out / "slides"], out / "job", weights, progress)
-    with watch.stage("train"):
-        _train(config, "acmil_ga", "run", progress)
-    with watch.stage("train_abmil"):
-        _train(config, "abmil", "run_abmil", progress)
-    cohort, features = read_cohort(out / "cohort.csv"), out / "job" / "features"
-    with watch.stage("evaluate"):
-        evaluation = evaluate(_evaluation(config, "run", "evaluation"), progress=progress)
-        abmil = evaluate(_evaluation(config, "run_abmil", "evaluation_abmil"), progress=progress)
-        pooled = mean_pool_auroc(cohort, features, positive=POSITIVE)
-        run = load_run(out / "run", device=config.device)
-        localisation = lesion_localisation(run, cohort, features, out / "lesions", positive=POSITIVE)
-        concentration = {
-            name: concentration_curves(load_run(out / folder, device=config.device), cohort, features)
-            for name, folder in (("ACMIL", "run"), ("ABMIL", "run_abmil"))
+
+    def preprocess(self, slides: list[Path], out: Path, weights: Path) -> JobSummary:
+        options = {"slides": slides, "out": out, "weights": weights, "device": self.config.device}
+        config = load_config(PreprocessConfig, "preprocess/demo.yaml", **options, workers=self.config.workers)
+        summary = preprocess(config, progress=self.progress)
+        if summary.failed:
+            raise ValueError(
+                f"{summary.failed} slides of the demo failed to preprocess. {out / 'slides.csv'} says why."
+            )
+        return summary
+
+    def train(self, folder: str, preset: str) -> None:
+        options = {"cohort": self.out / "cohort.csv", "features": self.features, "out": self.out / folder}
+        options |= {"epochs": self.config.epochs, "seed": self.config.seed, "device": self.config.device}
+        train(load_config(TrainConfig, f"train/{preset}.yaml", **options), progress=self.progress)
+
+    def evaluate(self, cohort: Cohort) -> dict[str, Any]:
+        """Figures of merit of both models and of mean pooling, and attention against the planted outlines."""
+        metrics = {name: self.evaluate_run(folder) for name, (folder, _) in RUNS.items()}
+        run = load_run(self.out / "run", device=self.config.device)
+        found = lesion_localisation(run, cohort, self.features, self.out / "lesions", positive=POSITIVE)
+        auroc = metrics["ACMIL"]["auroc"]
+        return {
+            "data": "synthetic: real tissue texture with planted lesions, made to test the pipeline; no medical meaning",
+            "test_auroc": auroc["value"],
+            "test_auroc_ci": [auroc["low"], auroc["high"]],
+            "test_metrics": metrics["ACMIL"],
+            "abmil_test_auroc": metrics["ABMIL"]["auroc"]["value"],
+            "mean_pool_test_auroc": mean_pool_auroc(cohort, self.features, positive=POSITIVE),
+            "lesion_tile_auroc": found.auroc,
+            "lesion_tile_auroc_by_slide": found.auroc_by_slide,
+            "lesion_hit_rate": found.hit_rate,
+            "n_slides": len(cohort.rows),
+            "n_cases": len({row.case_id for row in cohort.rows}),
+            "n_test_slides": sum(row.split == "test" for row in cohort.rows),
+            "n_features": BagDataset(self.features, cohort.rows[:1], classes=None).n_features,
         }
-    with watch.stage("heatmaps"):
-        _heatmaps(config, _test_slides(out, cohort), features, out / "heatmaps", progress, outlines=out / "lesions")
-    with watch.stage("umap"):
-        umap(
-            UmapConfig(
-                run=out / "run", cohort=out / "cohort.csv", features=features, out=out / "umap", device=config.device
-            ),
-            progress=progress,
-        )
-    with watch.stage("real_slide"):
-        real = _preprocess(config, [source], out / "cmu-1", weights, progress)
-        _heatmaps(config, [source], out / "cmu-1" / "features", out / "cmu-1" / "heatmaps", progress)
-    watch.seconds["total"] = round(time.perf_counter() - start, 2)
-    values = _summary(
-        config, cohort, job, real, evaluation.metrics, abmil.metrics, pooled, localisation, watch, difficulty
-    )
-    write_json(out / "summary.json", values)
-    write_page(out, values, concentration, positive=POSITIVE)
-    return DemoSummary(out, values)
 
+    def evaluate_run(self, folder: str) -> dict[str, Any]:
+        out = self.out / folder.replace("run", "evaluation")
+        summary = evaluate(EvaluateConfig(run=self.out / folder, out=out, **self.inputs()), progress=self.progress)
+        if summary.metrics is None:
+            raise ValueError(f"{self.out / 'cohort.csv'} has no labels. Delete it to have it composed again.")
+        return summary.metrics
 
-def _preprocess(
-    config: "DemoConfig", slides: list[Path], out: Path, weights: Path, progress: "Progress | None"
-) -> JobSummary:
-    options = {"slides": slides, "out": out, "weights": weights, "device": config.device}
-    summary = preprocess(
-        load_config(PreprocessConfig, "preprocess/demo.yaml", **options, workers=config.workers), progress=progress
-    )
-    if summary.failed:
-        raise ValueError(f"{summary.failed} slides of the demo failed to preprocess. {out / 'slides.csv'} says why.")
-    return summary
+    def inputs(self) -> dict[str, Any]:
+        return {"cohort": self.out / "cohort.csv", "features": self.features, "device": self.config.device}
 
+    def heatmaps(self, slides: list[Path], features: Path, out: Path, outlines: Path | None = None) -> None:
+        options = {"run": self.out / "run", "slides": slides, "features": features, "out": out, "outlines": outlines}
+        heatmaps(HeatmapConfig(**options, device=self.config.device), progress=self.progress)
 
-def _train(config: "DemoConfig", preset: str, run: str, progress: "Progress | None") -> None:
-    options = {
-        "cohort": config.out / "cohort.csv",
-        "features": config.out / "job" / "features",
-        "out": config.out / run,
-    }
-    train(
-        load_config(
-            TrainConfig, f"train/{preset}.yaml", **options, epochs=config.epochs, seed=config.seed, device=config.device
-        ),
-        progress=progress,
-    )
+    def umap(self) -> None:
+        umap(UmapConfig(run=self.out / "run", out=self.out / "umap", **self.inputs()), progress=self.progress)
 
+    def real_slide(self, source: Path, weights: Path) -> JobSummary:
+        out = self.out / "cmu-1"
+        summary = self.preprocess([source], out, weights)
+        self.heatmaps([source], out / "features", out / "heatmaps")
+        return summary
 
-def _evaluation(config: "DemoConfig", run: str, out: str) -> EvaluateConfig:
-    return EvaluateConfig(
-        run=config.out / run,
-        cohort=config.out / "cohort.csv",
-        features=config.out / "job" / "features",
-        out=config.out / out,
-        device=config.device,
-    )
+    def concentration(self, cohort: Cohort) -> dict[str, list[np.ndarray]]:
+        runs = {name: load_run(self.out / folder, device=self.config.device) for name, (folder, _) in RUNS.items()}
+        return {name: concentration_curves(run, cohort, self.features) for name, run in runs.items()}
 
-
-def _heatmaps(
-    config: "DemoConfig",
-    slides: list[Path],
-    features: Path,
-    out: Path,
-    progress: "Progress | None",
-    *,
-    outlines: Path | None = None,
-) -> None:
-    options = HeatmapConfig(
-        run=config.out / "run", slides=slides, features=features, out=out, outlines=outlines, device=config.device
-    )
-    heatmaps(options, progress=progress)
-
-
-def _test_slides(out: Path, cohort: Cohort) -> list[Path]:
-    return [out / "slides" / f"{row.slide_id}.tif" for row in cohort.rows if row.split == "test"]
-
-
-def _summary(
-    config: "DemoConfig",
-    cohort: Cohort,
-    job: JobSummary,
-    real: JobSummary,
-    metrics: dict[str, Any] | None,
-    abmil: dict[str, Any] | None,
-    pooled: float,
-    localisation: Localisation,
-    watch: Stopwatch,
-    difficulty: float,
-) -> dict[str, Any]:
-    if metrics is None or abmil is None:
-        raise ValueError(f"{cohort.path} has no labels.")
-    auroc = metrics["auroc"]
-    return {
-        "data": "synthetic: real tissue texture with planted lesions, of no medical meaning",
-        "test_auroc": auroc["value"],
-        "test_auroc_ci": [auroc["low"], auroc["high"]],
-        "test_metrics": metrics,
-        "abmil_test_auroc": abmil["auroc"]["value"],
-        "mean_pool_test_auroc": pooled,
-        "lesion_tile_auroc": localisation.auroc,
-        "lesion_hit_rate": localisation.hit_rate,
-        "lesion_tile_auroc_by_slide": localisation.auroc_by_slide,
-        "n_slides": len(cohort.rows),
-        "n_cases": len({row.case_id for row in cohort.rows}),
-        "n_test_slides": sum(row.split == "test" for row in cohort.rows),
-        "n_tiles": job.tiles,
-        "n_features": n_features,
-        "n_tiles_real_slide": real.tiles,
-        "seed": config.seed,
-        "cohort_seed": config.cohort_seed,
-        "difficulty": difficulty,
-        "epochs": config.epochs,
-        "seconds": watch.seconds,
-        "device": str(choose_device(config.device)),
-        **environment.describe(),
-    }
+    def circumstances(self) -> dict[str, Any]:
+        return {
+            "seed": self.config.seed,
+            "cohort_seed": self.config.cohort_seed,
+            "difficulty": self.difficulty,
+            "epochs": self.config.epochs,
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "device": str(choose_device(self.config.device)),
+            **environment.describe(),
+        }

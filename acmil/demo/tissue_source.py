@@ -23,14 +23,14 @@ class TissuePart:
     """One part of the source tissue, ready to cut patches from.
 
     Attributes:
-        density: Optical density, float32 (h, w, 3); 0 wherever `usable` is 0.
-        usable: Float32 (h, w) in 0-1: 1 inside tissue of this part, falling softly to 0 at its edges.
+        density: Optical density, float32 (h, w, 3); 0 wherever `depth_px` is 0.
+        depth_px: Distance to the nearest pixel that this part must not use, float32 (h, w); 0 on such pixels.
         centres: Patch centres (x, y) in px of these arrays, int64 (M, 2).
         cellularity: Rank of the haematoxylin around each centre among them, float64 (M,), 0 to 1.
     """
 
     density: np.ndarray
-    usable: np.ndarray
+    depth_px: np.ndarray
     centres: np.ndarray
     cellularity: np.ndarray
 
@@ -58,15 +58,15 @@ class TissueSource:
         mask = self.part_mask(name)
         image = np.where(mask[..., None], self.image, 255).astype(np.uint8)
         density = _padded(optical_density(image, _glass(self.image, self.tissue)))
-        usable = _padded(_soft_inside(mask))
-        centres = _patch_centres(usable)
+        depth_px = cv2.distanceTransform(_padded(mask.astype(np.uint8)), cv2.DIST_L2, 5)
+        centres = _patch_centres(depth_px)
         coarse = cv2.resize(density, None, fx=1 / COARSE_PX, fy=1 / COARSE_PX, interpolation=cv2.INTER_AREA)
         haematoxylin = cv2.GaussianBlur(haematoxylin_amount(coarse), (0, 0), 60.0 / COARSE_PX)
         cells = centres // COARSE_PX
         order = np.argsort(haematoxylin[cells[:, 1], cells[:, 0]], kind="stable")
         rank = np.empty(len(order))
         rank[order] = np.linspace(0.0, 1.0, len(order))
-        return TissuePart(density, usable, centres, rank)
+        return TissuePart(density, depth_px, centres, rank)
 
 
 def read_source(path: Path, *, held_out_rows: tuple[float, float] = _HELD_OUT_ROWS) -> TissueSource:
@@ -106,17 +106,12 @@ def _glass(image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
     return np.median(image[~tissue][::101], axis=0)
 
 
-def _soft_inside(mask: np.ndarray) -> np.ndarray:
-    distance_px = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
-    return np.clip((distance_px - 4.0) / 20.0, 0.0, 1.0).astype(np.float32)
-
-
 def _padded(array: np.ndarray) -> np.ndarray:
     return cv2.copyMakeBorder(array, PAD_PX, PAD_PX, PAD_PX, PAD_PX, cv2.BORDER_CONSTANT, value=0)
 
 
-def _patch_centres(usable: np.ndarray) -> np.ndarray:
-    share = cv2.blur(usable, (224, 224))[COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX]
+def _patch_centres(depth_px: np.ndarray) -> np.ndarray:
+    share = cv2.blur((depth_px > 12.0).astype(np.float32), (224, 224))[COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX]
     y, x = np.nonzero(share >= _PATCH_TISSUE)
     return np.stack([x, y], axis=1) * COARSE_PX + COARSE_PX // 2
 

@@ -26,6 +26,7 @@ def umap_figure(
     truth: Sequence[str] | None = None,
     scale: ColourScale | None = None,
     title: str = "",
+    note: str = "",
 ) -> Figure:
     """Show one embedding several times, each panel coloured by another property of the tiles.
 
@@ -38,6 +39,7 @@ def umap_figure(
         truth: What is known of each tile itself (inside a lesion or not), length M.
         scale: Colours of attention.
         title: Title of the figure.
+        note: A sentence to add under the figure: how the tiles were chosen.
 
     Returns:
         The figure, one panel a property given.
@@ -62,10 +64,11 @@ def umap_figure(
     for axes in grid[panels:]:
         axes.set_axis_off()
     figure.suptitle(title or "UMAP of the instance features", fontsize=12)
-    text = f"{len(embedding)} tiles of {len(set(slides))} slides. Near points have like features; axes and distances"
-    caption(
-        figure, f"{text} between groups have no unit and no meaning of their own. 1×: the uniform share of attention."
+    text = (
+        f"{len(embedding):,} tiles of {len(set(slides))} slides. Near points have like features; axes and distances "
+        "between groups have no unit. 1× is the attention of each tile if the model preferred none in its slide."
     )
+    caption(figure, f"{text} {note}".strip())
     return figure
 
 

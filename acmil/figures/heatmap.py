@@ -68,7 +68,7 @@ def heatmap_figure(
 
 def _figure_size(width_px: int, height_px: int) -> tuple[float, float]:
     panel = _PANEL_IN / max(width_px, height_px)
-    return max(2 * width_px * panel + 1.8, 6.5), max(height_px * panel + 1.6, 3.5)
+    return max(2 * width_px * panel + 1.8, 6.5), max(height_px * panel + 1.6, 4.2)
 
 
 def _colour_bar(figure: Figure, axes: Axes, scale: ColourScale) -> None:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from acmil.figures.style import CATEGORY_COLOURS, GREY, caption, new_figure, quiet_axes
 
+_PANELS_IN_ROW = 3
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -43,7 +44,7 @@ def _line(i: int) -> dict[str, str]:
 _PANELS = (
     ("loss", "loss"),
     ("validation metric", ""),
-    ("attention entropy", "entropy"),
+    ("attention entropy (1 = even)", "entropy"),
     ("attention on the top 10 tiles", "mass"),
     ("learning rate", "learning_rate"),
 )
@@ -69,8 +70,9 @@ def training_curves_figure(
     for column in columns:
         groups[_panel_of(column)].append(column)
     shown = [name for name, _ in _PANELS if groups[name]]
-    figure = new_figure(10.0, 3.4 * -(-len(shown) // 2) + 0.4)
-    grid = figure.subplots(-(-len(shown) // 2), 2, squeeze=False).ravel()
+    rows = -(-len(shown) // _PANELS_IN_ROW)
+    figure = new_figure(4.2 * _PANELS_IN_ROW, 3.3 * rows + 0.4)
+    grid = figure.subplots(rows, _PANELS_IN_ROW, squeeze=False).ravel()
     for axes, name in zip(grid, shown, strict=False):
         _curves_panel(axes, epochs, {column: columns[column] for column in groups[name]}, name, selected_epoch)
     for axes in grid[len(shown) :]:
@@ -99,7 +101,9 @@ def _curves_panel(
         axes.axvline(selected_epoch, color=GREY, ls=":", lw=1.2)
     quiet_axes(axes, xlabel="epoch")
     axes.set_title(name, fontsize=10)
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    if len(curves) > 1:
+        axes.legend(fontsize=7, framealpha=0.7, edgecolor="none", loc="best")
 
 
 def concentration_figure(
@@ -127,6 +131,7 @@ def concentration_figure(
         axes.fill_between(k, low, high, color=_line(i)["color"], alpha=0.15, lw=0)
         axes.plot(k, middle, label=f"{name} ({len(group)} slides)", lw=2, **_line(i))
     axes.set(xscale="log", xlim=(1, max(longest, 2)), ylim=(0, 1.02))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.25, lw=0.6)
     quiet_axes(axes, xlabel="k, tiles in falling order of attention", ylabel="share of attention on the top k tiles")
     axes.set_title(title, fontsize=11)

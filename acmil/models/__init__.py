@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from acmil.models.output import MILOutput
+    from acmil.models.protocol import MILModel
     from acmil.models.reference_checkpoint import load_reference_checkpoint
-    from acmil.models.registry import MILModel, create_model, list_models
+    from acmil.models.registry import create_model, list_models
 
 __all__ = ["MILModel", "MILOutput", "create_model", "list_models", "load_reference_checkpoint"]
 
 _HOMES = {
-    "MILModel": "acmil.models.registry",
+    "MILModel": "acmil.models.protocol",
     "MILOutput": "acmil.models.output",
     "create_model": "acmil.models.registry",
     "list_models": "acmil.models.registry",

@@ -1,5 +1,7 @@
 """ACMIL with gated attention (ACMIL-GA); with one branch and no masking it is ABMIL."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,7 @@ class ACMILGated(nn.Module):
         if hidden_features is None:
             hidden_features = defaults.default_hidden_features(in_features)
         check_options(hidden_features=hidden_features, attention_features=attention_features)
-        self.options = {
+        self.options: dict[str, Any] = {
             "in_features": in_features,
             "n_classes": n_classes,
             "n_branches": n_branches,

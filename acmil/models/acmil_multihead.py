@@ -1,6 +1,7 @@
 """ACMIL with multi-head cross attention (ACMIL-MHA)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -90,7 +91,7 @@ class ACMILMultiHead(nn.Module):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
-        self.options = {
+        self.options: dict[str, Any] = {
             "in_features": in_features,
             "n_classes": n_classes,
             "n_branches": n_branches,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from acmil.checkpoint import WeightsError, check_weights
 from acmil.models.acmil_gated import ACMILGated
-from acmil.models.registry import create_model
 
 _NAMES = {
     "dimreduction.fc1.weight": "reduction.weight",
@@ -52,14 +51,13 @@ def load_reference_checkpoint(path: Path | str) -> tuple[ACMILGated, dict[str, A
                 f"{path} must hold a matrix '{name}', as the reference's gated model does; it holds {sorted(tensors)}."
             )
     reduction, score, bag_head = (tensors[name] for name in _SIZES_FROM)
-    options = {
-        "in_features": reduction.shape[1],
-        "n_classes": bag_head.shape[0],
-        "n_branches": score.shape[0],
-        "hidden_features": reduction.shape[0],
-        "attention_features": score.shape[1],
-    }
-    model = create_model("acmil_ga", **options)
+    model = ACMILGated(
+        in_features=reduction.shape[1],
+        n_classes=bag_head.shape[0],
+        n_branches=score.shape[0],
+        hidden_features=reduction.shape[0],
+        attention_features=score.shape[1],
+    )
     check_weights(tensors, _expected_shapes(model), path)
     model.load_state_dict(_renamed(tensors, score.shape[0]))
     return model.eval(), model.options

@@ -2,35 +2,12 @@
 
 import difflib
 import inspect
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from acmil.losses import Losses
 from acmil.models.acmil_gated import ACMILGated
 from acmil.models.acmil_multihead import ACMILMultiHead
-from acmil.models.output import MILOutput
 
 _MODELS = {model.name: model for model in (ACMILGated, ACMILMultiHead)}
-
-
-class MILModel(Protocol):
-    """What training, evaluation and figures ask of a model, beside being a `torch.nn.Module`."""
-
-    name: str
-    options: dict[str, Any]
-
-    def __call__(
-        self, features: Tensor, offsets: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> MILOutput:
-        """Predict packed bags."""
-
-    def hidden(self, features: Tensor) -> Tensor:
-        """Instance features (N, L) that the attention works on."""
-
-    def loss(self, out: MILOutput, labels: Tensor) -> Losses:
-        """Named loss terms."""
 
 
 def list_models() -> list[str]:

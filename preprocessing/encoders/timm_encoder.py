@@ -5,7 +5,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,  # a timm model: a module, and what timm adds to one
         *,
         name: str,
         input_px: int,
@@ -53,14 +53,14 @@ class Encoder:
         precision: Precision,
     ) -> None:
         self.name = name
-        self.n_features = int(model.num_features)
+        self.n_features: int = model.num_features
         self.input_px = input_px
         self.is_fixed_size = is_fixed_size
         self.mean = mean
         self.std = std
         self.device = device
         self.precision: Precision = precision
-        self.model = model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)
+        self.model: nn.Module = model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)
         # (x/255 - mean)/std as one product and one sum.
         scale = 1.0 / (255.0 * torch.tensor(std))
         self._scale = scale.view(1, 3, 1, 1).to(device)
@@ -124,6 +124,7 @@ def create_encoder(name: str, *, weights: Path | None = None, device: str = "aut
     where = resolve_device(device)
     how = resolve_precision(precision, where)
     timm = import_timm()
+    _check_name(timm, name)
     model = _pretrained(timm, name) if weights is None else _architecture(timm, name)
     if weights is not None:
         load_weights(model, weights, classifiers=_classifier_names(model))
@@ -177,40 +178,49 @@ def _cpu_has_bf16() -> bool:
     return not _CPU_BF16_FLAGS.isdisjoint(flags.split())
 
 
-def _architecture(timm: object, name: str, **options: bool) -> nn.Module:
-    _check_name(timm, name)
+def _architecture(timm: Any, name: str, **options: bool) -> Any:
     try:
-        return timm.create_model(name, num_classes=0, **options)  # type: ignore[attr-defined]
+        return timm.create_model(name, num_classes=0, **options)
     except (RuntimeError, ValueError) as error:  # such as a tag that the model has no weights by
         raise EncoderError(f"encoder {name!r} cannot be created: {error}") from error
     except OSError as error:
-        raise EncoderError(_hub_message(name, error)) from error
+        raise EncoderError(_hub_message(timm, name, error)) from error
 
 
-def _pretrained(timm: object, name: str) -> nn.Module:
+def _pretrained(timm: Any, name: str) -> Any:
+    if not name.startswith(_HUB_PREFIXES) and not timm.is_model_pretrained(name):
+        raise EncoderError(
+            f"encoder must have pretrained weights, timm has none by the name {name!r}. "
+            f"Give them with --weights FILE, or choose one of timm.list_models({name.partition('.')[0]!r} + '.*', "
+            "pretrained=True)."
+        )
     logger.info("encoder %s: pretrained weights from the Hugging Face hub or its cache", name)
     return _architecture(timm, name, pretrained=True)
 
 
-def _check_name(timm: object, name: str) -> None:
-    if name.startswith(_HUB_PREFIXES) or timm.is_model(name):  # type: ignore[attr-defined]
+def _check_name(timm: Any, name: str) -> None:
+    if name.startswith(_HUB_PREFIXES) or timm.is_model(name):
         return
-    known = timm.list_models()  # type: ignore[attr-defined]
+    known = timm.list_models()
     close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else " See timm.list_models() for the names."
     raise EncoderError(f"encoder must be a timm model or hf-hub:organisation/model, got {name!r}.{hint}")
 
 
-def _hub_message(name: str, error: OSError) -> str:
+def _hub_message(timm: Any, name: str, error: OSError) -> str:
     reason = str(error).strip().partition("\n")[0]
-    source = name if name.startswith(_HUB_PREFIXES) else f"timm/{name}"
+    if name.startswith(_HUB_PREFIXES):
+        source = name[len(_HUB_PREFIXES[0]) :]
+        mend = f"Run `hf download {source}` where there is a network, and copy the cache that it fills (HF_HOME) here."
+    else:
+        source = timm.get_pretrained_cfg(name).hf_hub_id or "timm"
+        mend = "Fetch model.safetensors from that page where there is a network, and give it with --weights FILE."
     return (
-        f"weights of encoder {name!r} could not be had from the Hugging Face hub: {reason} "
-        f"Fetch model.safetensors of https://huggingface.co/{source.removeprefix('hf-hub:').removeprefix('hf_hub:')} "
-        "where there is a network (log in first if it is a gated model), and give the file with --weights FILE."
+        f"encoder {name!r} could not be had from https://huggingface.co/{source}: {reason} {mend} "
+        "A gated model asks for a login first."
     )
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+def _classifier_names(model: Any) -> tuple[str, ...]:
     names = model.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,247 @@
+"""The planted-lesion cohort: small slides composed of real tissue, half of them with lesions whose place is known.
+
+The texture is real, the disease is not: the cohort tests a pipeline from slide files to attention maps, and has no
+medical meaning. Slides with and without lesions differ in the lesions alone: the same tissue, outline, stain, resampling,
+pasting and compression (see `acmil.demo.lesions` for what a slide without lesions goes through in their place).
+"""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from acmil.demo.canvas import draw_outline, edge_opacity, quilt
+from acmil.demo.lesion_truth import lesion_outlines, outlines_geojson, tile_lesion_fraction
+from acmil.demo.lesions import LesionPlan, draw_lesions, plan_lesions
+from acmil.demo.nuclei import NucleusStamps, cut_stamps
+from acmil.demo.pyramid import write_pyramid
+from acmil.demo.stains import StainJitter, draw_stain_jitter
+from acmil.demo.tissue_source import TissuePart, read_source
+
+if TYPE_CHECKING:
+    from acmil.preprocessing.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DIFFICULTY = 0.5
+__all__ = ["DEFAULT_DIFFICULTY", "PlantedCohort", "compose_cohort", "plan_cohort", "tile_lesion_fraction"]
+
+SLIDE_MPP = 0.5
+LABELS = ("normal", "lesion")
+SLIDES_PER_CASE = 2
+
+_SPLIT_SHARES = {"train": 0.5, "val": 0.15, "test": 0.35}  # of the cases
+_NOISE_LEVELS = 1.2  # grain of the camera, in levels of 0-255
+_GRAIN_PX = 256
+
+
+@dataclass(frozen=True)
+class PlannedSlide:
+    """One row of the cohort, before it is drawn."""
+
+    index: int
+    slide_id: str
+    case_id: str
+    case_index: int
+    label: str
+    split: str
+
+
+@dataclass(frozen=True)
+class PlantedCohort:
+    """What `compose_cohort` wrote.
+
+    Attributes:
+        slides: The slide files, in the order of the cohort.
+        cohort_csv: `slide_id,label,case_id,split`.
+        lesions: Folder of `<slide_id>.geojson`: outlines in level-0 px, none on normal slides.
+        n_slides: Number of slides.
+        difficulty: The difficulty they were drawn with.
+        seed: The seed they were drawn from.
+    """
+
+    slides: tuple[Path, ...]
+    cohort_csv: Path
+    lesions: Path
+    n_slides: int
+    difficulty: float
+    seed: int
+
+
+def compose_cohort(
+    source_slide: Path,
+    out: Path,
+    *,
+    n_slides: int = 80,
+    difficulty: float = DEFAULT_DIFFICULTY,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: "Progress | None" = None,
+) -> PlantedCohort:
+    """Compose the cohort: `out/slides/*.tif`, `out/lesions/*.geojson` and `out/cohort.csv`.
+
+    Each slide depends on the seed and its own number alone: the same bytes come out on one machine whatever the number of
+    workers.
+
+    Args:
+        source_slide: CMU-1-Small-Region.svs.
+        out: Folder to write to.
+        n_slides: Number of slides, at least 12; rounded up to whole cases, half of them with lesions.
+        difficulty: 0 (plain) to 1 (lesions are no different from the tissue around them).
+        seed: Of everything that is drawn.
+        workers: Processes; by default one a core.
+        progress: Told of every slide done.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if not 0.0 <= difficulty <= 1.0:
+        raise ValueError(f"difficulty must be in [0, 1], got {difficulty}. 0 is plain, 1 is invisible.")
+    plan = plan_cohort(n_slides, seed=seed)
+    lesions = out / "lesions"
+    (out / "slides").mkdir(parents=True, exist_ok=True)
+    lesions.mkdir(exist_ok=True)
+    if progress is not None:
+        progress.begin("composing slides", len(plan))
+    for slide in _composed(source_slide, out, plan, difficulty, seed, workers or os.cpu_count() or 1):
+        if progress is not None:
+            progress.advance(note=slide.slide_id)
+    if progress is not None:
+        progress.end()
+    _write_cohort(out / "cohort.csv", plan)
+    paths = tuple(out / "slides" / f"{slide.slide_id}.tif" for slide in plan)
+    return PlantedCohort(paths, out / "cohort.csv", lesions, len(plan), difficulty, seed)
+
+
+def plan_cohort(n_slides: int, *, seed: int) -> tuple[PlannedSlide, ...]:
+    """Lay out cases, labels and splits: in every split half the cases carry lesions, in all of their slides."""
+    if n_slides < 12:
+        raise ValueError(f"n_slides must be at least 12, got {n_slides}: each split needs cases of both labels.")
+    n_pairs = -(-n_slides // (2 * SLIDES_PER_CASE))  # a pair is one case of each label
+    n_val = max(1, round(_SPLIT_SHARES["val"] * n_pairs))
+    n_test = max(1, round(_SPLIT_SHARES["test"] * n_pairs))
+    splits = ["train"] * (n_pairs - n_val - n_test) + ["val"] * n_val + ["test"] * n_test
+    kinds = [(label, split) for split in splits for label in LABELS]
+    order = np.random.default_rng([seed, 0]).permutation(len(kinds))
+    slides = []
+    for case_index, kind in enumerate(order):
+        label, split = kinds[kind]
+        for letter in "ab"[:SLIDES_PER_CASE]:
+            case_id = f"case{case_index + 1:02d}"
+            slides.append(PlannedSlide(len(slides), f"{case_id}_{letter}", case_id, case_index, label, split))
+    return tuple(slides)
+
+
+def _composed(
+    source_slide: Path, out: Path, plan: tuple[PlannedSlide, ...], difficulty: float, seed: int, workers: int
+) -> Iterator[PlannedSlide]:
+    arguments = (source_slide, out, difficulty, seed)
+    if workers == 1:
+        composer = _Composer(*arguments)
+        for slide in plan:
+            composer.compose(slide)
+            yield slide
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process that holds threads can hang
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
+        yield from pool.map(_compose_in_worker, plan)
+
+
+_worker_composer: "list[_Composer]" = []  # one a process, made by the pool's initializer
+
+
+def _start_worker(source_slide: Path, out: Path, difficulty: float, seed: int) -> None:
+    cv2.setNumThreads(1)  # the processes share the cores already
+    _worker_composer.append(_Composer(source_slide, out, difficulty, seed))
+
+
+def _compose_in_worker(slide: PlannedSlide) -> PlannedSlide:
+    _worker_composer[0].compose(slide)
+    return slide
+
+
+class _Composer:
+    """Draws slides of one cohort, with the source read once."""
+
+    def __init__(self, source_slide: Path, out: Path, difficulty: float, seed: int) -> None:
+        self.out, self.severity, self.seed = out, 1.0 - difficulty, seed
+        source = read_source(source_slide)
+        self.parts: dict[str, TissuePart] = {name: source.part(name) for name in ("train", "test")}
+        self.stamps: dict[str, NucleusStamps] = {name: cut_stamps(part) for name, part in self.parts.items()}
+
+    def compose(self, slide: PlannedSlide) -> None:
+        rng = np.random.default_rng([self.seed, 1, slide.index])
+        case_rng = np.random.default_rng([self.seed, 2, slide.case_index])
+        name = "test" if slide.split == "test" else "train"
+        severity = self.severity if slide.label == "lesion" else 0.0
+        image, plan = compose_slide(
+            self.parts[name], self.stamps[name], severity=severity, rng=rng, case_rng=case_rng
+        )
+        write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP)
+        outlines = lesion_outlines(plan) if slide.label == "lesion" else []
+        (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(
+            json.dumps(outlines_geojson(outlines)), encoding="utf-8"
+        )
+
+
+def compose_slide(
+    part: TissuePart,
+    stamps: NucleusStamps,
+    *,
+    severity: float,
+    rng: np.random.Generator,
+    case_rng: np.random.Generator,
+) -> tuple[np.ndarray, LesionPlan]:
+    """Draw one slide.
+
+    Args:
+        part: Tissue to compose it of.
+        stamps: Nuclei of the same part.
+        severity: Of its lesions, 0 (null lesions) to 1.
+        rng: The slide's own.
+        case_rng: Gives the same numbers for every slide of a case.
+
+    Returns:
+        RGB uint8 (h, w, 3) at 0.5 µm/px, and where its lesions, or null lesions, lie.
+    """
+    outline = draw_outline(rng)
+    density = quilt(part, outline, rng)
+    plan = plan_lesions(outline, rng)
+    draw_lesions(density, plan, stamps, severity=severity, rng=np.random.default_rng(rng.integers(2**63)))
+    jitter = draw_stain_jitter(case_rng, rng)
+    opacity = edge_opacity(outline, density, rng)
+    return _photograph(density, opacity, jitter, rng), plan
+
+
+def _photograph(
+    density: np.ndarray, opacity: np.ndarray, jitter: StainJitter, rng: np.random.Generator
+) -> np.ndarray:
+    """Light through stained tissue on glass, with a little grain: uint8 (h, w, 3)."""
+    stained = cv2.transform(density, np.ascontiguousarray(jitter.density_map().T))
+    stained += jitter.density_offset()
+    stained *= -opacity[..., None]
+    np.exp(stained, out=stained)
+    stained *= jitter.glass.astype(np.float32)
+    height, width = density.shape[:2]
+    grain = rng.normal(0.0, _NOISE_LEVELS, size=(_GRAIN_PX, _GRAIN_PX, 3)).astype(np.float32)
+    stained += np.tile(grain, (-(-height // _GRAIN_PX), -(-width // _GRAIN_PX), 1))[:height, :width]
+    return cv2.convertScaleAbs(np.maximum(stained, 0.0, out=stained))  # rounds, and cuts at 255
+
+
+def _write_cohort(path: Path, plan: tuple[PlannedSlide, ...]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["slide_id", "label", "case_id", "split"])
+        writer.writerows([slide.slide_id, slide.label, slide.case_id, slide.split] for slide in plan)

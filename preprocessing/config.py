@@ -1,0 +1,55 @@
+"""Options of preprocessing: typed, documented, and the only place where their defaults stand."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+_FINEST_MPP, _COARSEST_MPP = 0.05, 20.0  # µm/px; a slide scanner's pixels are 0.1 to 2
+
+
+class PreprocessConfig(BaseModel):
+    """Options of `acmil preprocess`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    slides: list[Path] = Field(
+        min_length=1,
+        description="Slide files, folders of them, or CSV files of path[,slide_id][,mpp].",
+        json_schema_extra={"positional": True},
+    )
+    out: Path = Field(description="Job folder to write; what is already done in it is kept.")
+    encoder: str = Field(min_length=1, description="A timm model, or hf-hub:organisation/model.")
+    weights: Path | None = Field(
+        None, description="Local weights file (.safetensors, .pth, .pt, .bin); by default timm fetches them."
+    )
+    tile_px: int = Field(256, ge=16, le=8192, description="Side of a tile in px.")
+    tile_mpp: float = Field(
+        0.5, ge=_FINEST_MPP, le=_COARSEST_MPP, description="Resolution of the tiles in µm/px: 0.5 is about 20x."
+    )
+    overlap_px: int = Field(0, ge=0, description="Overlap of neighbouring tiles in px of the tile.")
+    min_tissue: float = Field(0.25, ge=0, le=1, description="Least share of a tile that must be tissue.")
+    mpp_override: float | None = Field(
+        None,
+        ge=_FINEST_MPP,
+        le=_COARSEST_MPP,
+        description="Resolution of level 0 in µm/px of every slide, in place of the file's; a CSV's mpp wins.",
+    )
+    tissue_mpp: float = Field(
+        8.0, ge=0.5, le=128, description="Resolution of the thumbnail that tissue is found on, in µm/px."
+    )
+    workers: int | None = Field(None, ge=1, le=256, description="Threads that read slides; by default one a core.")
+    batch_size: int = Field(64, ge=1, le=65536, description="Tiles that the encoder gets at a time.")
+    device: Device = Field("auto", description="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="How the encoder computes: auto takes bf16 where the hardware has it."
+    )
+    feature_dtype: Literal["float16", "float32"] = Field("float16", description="Type of the features on disk.")
+    previews: bool = Field(True, description="Write a picture of each slide's tissue and tiles.")
+
+    @model_validator(mode="after")
+    def _overlap_is_less_than_a_tile(self) -> Self:
+        if self.overlap_px >= self.tile_px:
+            raise ValueError(f"overlap_px must be less than tile_px {self.tile_px}, got {self.overlap_px}.")
+        return self

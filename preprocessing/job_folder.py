@@ -1,0 +1,140 @@
+"""What a preprocessing job leaves on the disk, and whether a folder's earlier results fit the options given now."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import yaml
+
+from acmil.preprocessing.atomic import remove_leftovers, write_bytes, write_text
+from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureFileError, open_feature_file
+from acmil.preprocessing.ledger import Ledger
+from acmil.preprocessing.prepare import PreparedSlide
+from acmil.preprocessing.slide_list import SlideSource
+
+_PACKAGES = ("acmil", "torch", "timm", "openslide-python", "openslide-bin")
+_JPEG_QUALITY = 85
+_MPP_TOLERANCE = 1e-5  # relative; the table keeps six digits
+_MPP_MEND = " mpp_override is for every slide; for single ones, list them in a CSV with a column mpp."
+
+
+class JobError(ValueError):
+    """A job folder that cannot be used with the options given."""
+
+
+class JobFolder:
+    """The folder of one job: `config.yaml`, `slides.csv`, `tissue/`, `previews/`, `features/`.
+
+    Args:
+        path: The folder; it is made.
+        numbers: Every option that changes the numbers, as in force.
+    """
+
+    def __init__(self, path: Path, *, numbers: Mapping[str, Any]) -> None:
+        self.path = path
+        self.numbers = dict(numbers)
+        self.digest = _digest(self.numbers)
+        for folder in (path, path / "features", path / "tissue", path / "previews"):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        self.ledger = Ledger(path / "slides.csv")
+
+    def features(self, slide_id: str) -> Path:
+        """Where a slide's feature file is."""
+        return self.path / "features" / f"{slide_id}{SUFFIX}"
+
+    def write_config(self, options: Mapping[str, Any]) -> None:
+        """Write `config.yaml`: options, what they came to, versions.
+
+        Raises:
+            JobError: If the folder holds results of other options.
+        """
+        path = self.path / "config.yaml"
+        self._check_same_numbers(path)
+        content = {
+            "options": dict(options),
+            "numbers": self.numbers,  # what preprocessing_digest is of
+            "preprocessing_digest": self.digest,
+            "versions": {package: _version(package) for package in _PACKAGES},
+        }
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def finished(self, source: SlideSource) -> FeatureFile | None:
+        """Return a slide's feature file if it is whole and of these options, so that nothing is left to do."""
+        try:
+            file = open_feature_file(self.features(source.slide_id), check_values=False)  # they were when written
+        except FeatureFileError:
+            return None
+        is_same = file.meta.preprocessing_digest == self.digest and file.meta.slide_id == source.slide_id
+        return file if is_same and _agrees(source.mpp, file.meta.level0_mpp) else None
+
+    def was_empty(self, source: SlideSource) -> bool:
+        """Whether a slide has been found to have no tiles before, with these options."""
+        row = self.ledger.get(source.slide_id)
+        return row is not None and row.status == "empty" and _agrees(source.mpp, row.mpp)
+
+    def clear(self, slide_id: str) -> None:
+        """Remove what earlier tries left of a slide, so that nothing of them stays if this one fails."""
+        for path in (self.features(slide_id), self._tissue(slide_id), self._preview(slide_id)):
+            path.unlink(missing_ok=True)
+
+    def write_outlines(self, prepared: PreparedSlide) -> None:
+        """Write a slide's tissue outlines and, if there is one, its preview."""
+        slide_id = prepared.source.slide_id
+        write_text(self._tissue(slide_id), json.dumps(prepared.tissue.to_geojson()))
+        if prepared.preview is not None:
+            bgr = cv2.cvtColor(prepared.preview, cv2.COLOR_RGB2BGR)
+            _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            write_bytes(self._preview(slide_id), encoded.tobytes())
+
+    def _tissue(self, slide_id: str) -> Path:
+        return self.path / "tissue" / f"{slide_id}.geojson"
+
+    def _preview(self, slide_id: str) -> Path:
+        return self.path / "previews" / f"{slide_id}.jpg"
+
+    def _check_same_numbers(self, path: Path) -> None:
+        # A killed run leaves finished slides that its table does not name yet.
+        has_files = any((self.path / "features").glob(f"*{SUFFIX}"))
+        has_results = has_files or any(row.status in ("done", "empty") for row in self.ledger)
+        if not path.is_file() or not has_results:
+            return
+        before = _numbers_of(path)
+        names = [name for name in {**before, **self.numbers} if before.get(name) != self.numbers.get(name)]
+        if names:
+            changes = "; ".join(f"{name}: {before.get(name)} → {self.numbers.get(name)}" for name in names)
+            raise JobError(
+                f"a job must keep the options that change its numbers, got {changes} ({path}). "
+                f"Choose another --out, or give the options as they were.{_MPP_MEND if 'mpp_override' in names else ''}"
+            )
+
+
+def _numbers_of(path: Path) -> dict[str, Any]:
+    try:
+        numbers = yaml.safe_load(path.read_text(encoding="utf-8"))["numbers"]
+        return dict(numbers)
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError) as error:
+        raise JobError(
+            f"config.yaml must be as the job wrote it, it cannot be read: {error} ({path}). Choose another --out."
+        ) from error
+
+
+def _digest(numbers: Mapping[str, Any]) -> str:
+    canonical = json.dumps(numbers, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _agrees(stated_mpp: float | None, mpp: float | None) -> bool:
+    """Whether a result at `mpp` is still what the user asks for, who may state none."""
+    return stated_mpp is None or (mpp is not None and abs(mpp - stated_mpp) <= _MPP_TOLERANCE * stated_mpp)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,62 @@
+"""One slide from its file to its tiles' coordinates: open, find tissue, lay the grid."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from acmil.preprocessing.previews import preview_image
+from acmil.preprocessing.slide import Slide
+from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.tiling import TileGrid, tile_grid
+from acmil.preprocessing.tissue import Tissue, find_tissue
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSlide:
+    """A slide with its tiles laid out.
+
+    Attributes:
+        source: The slide that was asked for.
+        slide: The slide, open until its last tile has been read.
+        tissue: Its tissue.
+        grid: Its tiles; may be empty.
+        preview: Picture of tissue and tiles, uint8 RGB (h, w, 3), or None.
+        seconds: The time this took.
+    """
+
+    source: SlideSource
+    slide: Slide
+    tissue: Tissue
+    grid: TileGrid
+    preview: np.ndarray | None
+    seconds: float
+
+
+def prepare_slide(
+    source: SlideSource,
+    *,
+    tile_px: int,
+    tile_mpp: float,
+    overlap_px: int,
+    min_tissue: float,
+    tissue_mpp: float,
+    previews: bool,
+) -> PreparedSlide:
+    """Open a slide, find its tissue and lay its tiles; options as in `PreprocessConfig`.
+
+    Raises:
+        SlideError: If the slide cannot be opened or read, or has no usable resolution.
+    """
+    start = time.perf_counter()
+    slide = Slide.open(source.path, slide_id=source.slide_id, mpp=source.mpp)
+    try:
+        tissue = find_tissue(slide, mpp=tissue_mpp)
+        grid = tile_grid(
+            slide, tissue, tile_px=tile_px, tile_mpp=tile_mpp, overlap_px=overlap_px, min_tissue=min_tissue
+        )
+        preview = preview_image(slide, tissue, grid) if previews else None
+    except BaseException:
+        slide.close()
+        raise
+    return PreparedSlide(source, slide, tissue, grid, preview, time.perf_counter() - start)

@@ -1,0 +1,127 @@
+"""Which slides a job is about: files, folders and CSV lists, named and checked before anything starts."""
+
+import csv
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# The formats that OpenSlide reads, https://openslide.org/formats
+SLIDE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn"),
+    *(".svslide", ".bif", ".vms", ".vmu", ".dcm", ".czi"),
+)
+_LIST_SUFFIX = ".csv"
+_COLUMNS = ("path", "slide_id", "mpp")
+
+
+class SlideListError(ValueError):
+    """A list of slides that cannot be used."""
+
+
+@dataclass(frozen=True)
+class SlideSource:
+    """A slide that was asked for.
+
+    Attributes:
+        slide_id: Its name in every file of the job.
+        path: The slide file.
+        mpp: Resolution of level 0 in µm/px as the user states it, None to take the file's.
+    """
+
+    slide_id: str
+    path: Path
+    mpp: float | None = None
+
+
+def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[SlideSource, ...]:
+    """Expand files, folders and CSV lists into slides.
+
+    Args:
+        given: Slide files; folders, searched with all folders inside, in sorted order; CSV files with a column `path`
+            (relative to the CSV's folder) and, if there, `slide_id` and `mpp`.
+        mpp: Resolution of level 0 in µm/px for slides that the CSV states none for.
+
+    Returns:
+        The slides in the order given.
+
+    Raises:
+        SlideListError: If a path does not exist, a folder or list holds no slide, a list cannot be read, a slide_id
+            cannot name a file, or two slides have one slide_id.
+    """
+    sources = [source for path in given for source in _expand(Path(path), mpp)]
+    for source in sources:
+        if not source.path.exists():
+            raise SlideListError(f"slide file must exist, found none ({source.path}).")
+        _check_slide_id(source)
+    by_id: dict[str, SlideSource] = {}
+    for source in sources:
+        other = by_id.setdefault(source.slide_id, source)
+        if other is not source:
+            raise SlideListError(
+                f"slide_id must be unique, got {source.slide_id!r} for {other.path} and {source.path}. "
+                "Rename one file, or give a CSV of path,slide_id."
+            )
+    return tuple(sources)
+
+
+def _expand(path: Path, mpp: float | None) -> list[SlideSource]:
+    if path.is_dir():
+        return _from_folder(path, mpp)
+    if path.suffix.lower() == _LIST_SUFFIX and path.is_file():
+        return list(_from_csv(path, mpp))
+    return [SlideSource(path.stem, path, mpp)]
+
+
+def _from_folder(folder: Path, mpp: float | None) -> list[SlideSource]:
+    # A leading dot marks what file systems and copying programs leave beside a slide, under the slide's suffix.
+    found = [
+        SlideSource(path.stem, path, mpp)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise SlideListError(f"no slides found in {folder}, suffixes looked for: {', '.join(SLIDE_SUFFIXES)}.")
+    return found
+
+
+def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets begin a file with a byte order mark
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if "path" not in columns:
+            raise SlideListError(
+                f"slide list must have a column 'path', got {', '.join(columns) or 'nothing'} ({path})."
+            )
+        ignored = [column for column in columns if column not in _COLUMNS]
+        if ignored:
+            logger.warning("slide list %s: columns %s are not used", path, ", ".join(ignored))
+        rows = [(reader.line_num, row) for row in reader]
+    if not rows:
+        raise SlideListError(f"slide list must hold at least one slide, got none ({path}).")
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        if not (row["path"] or "").strip():
+            raise SlideListError(f"slide list must have a path in every row, found none ({where}).")
+        slide = path.parent / row["path"].strip()  # an absolute path stays as it is
+        stated = (row.get("mpp") or "").strip()
+        yield SlideSource(
+            slide_id=(row.get("slide_id") or "").strip() or slide.stem,
+            path=slide,
+            mpp=_number(stated, where) if stated else mpp,
+        )
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SlideListError(f"mpp must be a number in µm/px, got {text!r} ({where}).") from None
+
+
+def _check_slide_id(source: SlideSource) -> None:
+    slide_id = source.slide_id
+    if slide_id in {"", ".", ".."} or any(sign in slide_id for sign in "/\\\0\n\r"):
+        raise SlideListError(f"slide_id must be fit for a file name, got {slide_id!r} ({source.path}).")

@@ -1,0 +1,81 @@
+"""Lists of slides: files, folders, CSV files, and what is wrong with them."""
+
+import pytest
+
+from acmil.preprocessing.slide_list import SlideListError, SlideSource, list_slides
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in (
+        "b.svs",
+        "a.TIFF",
+        "notes.txt",
+        "._b.svs",
+        "deep/er/c.ndpi",
+        "deep/scan.mrxs",
+        "deep/scan/Data0000.dat",
+    ):
+        path = tmp_path / "slides" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "slides"
+
+
+def test_a_folder_gives_its_slides_sorted_and_those_inside(folder):
+    sources = list_slides([folder], mpp=0.5)
+    assert [source.slide_id for source in sources] == ["a", "b", "c", "scan"]
+    assert sources[2] == SlideSource("c", folder / "deep" / "er" / "c.ndpi", 0.5)
+
+
+def test_files_are_taken_as_they_are_given(folder):
+    sources = list_slides([folder / "notes.txt", folder / "a.TIFF"])
+    assert sources == (SlideSource("notes", folder / "notes.txt"), SlideSource("a", folder / "a.TIFF"))
+
+
+def test_a_csv_names_slides_and_states_resolutions(folder):
+    table = folder.parent / "list.csv"
+    table.write_text(
+        f"\ufeffpath,slide_id,mpp\r\nslides/b.svs,patient_1,\r\n{folder / 'a.TIFF'},,0.25\r\n",
+        encoding="utf-8",
+        newline="",
+    )
+    assert list_slides([table], mpp=1.0) == (
+        SlideSource("patient_1", folder / "b.svs", 1.0),
+        SlideSource("a", folder / "a.TIFF", 0.25),
+    )
+    table.write_text("path,label\nslides/b.svs,tumour\n", encoding="utf-8")
+    assert list_slides([table]) == (SlideSource("b", folder / "b.svs"),)
+
+
+def test_lists_that_cannot_be_used_are_refused(folder):
+    with pytest.raises(SlideListError, match=r"must exist, found none \(.*none\.svs\)"):
+        list_slides([folder / "a.TIFF", folder / "none.svs"])
+    with pytest.raises(SlideListError, match="must exist"):
+        list_slides([folder / "none.csv"])
+    (folder / "empty").mkdir()
+    with pytest.raises(SlideListError, match=r"no slides found in .*empty, suffixes looked for: \.svs, \.tif,"):
+        list_slides([folder / "empty"])
+    (folder / "deep" / "b.tif").touch()
+    with pytest.raises(SlideListError, match=r"unique, got 'b' for .*b\.svs and .*b\.tif"):
+        list_slides([folder])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide_id,label\na,1\n", "column 'path', got slide_id, label"),
+        ("", "column 'path', got nothing"),
+        ("path\n", "at least one slide"),
+        ("path,mpp\nslides/b.svs,fine\n", r"got 'fine' \(.*list.csv, line 2\)"),
+        ("path,mpp\n,0.5\n", r"path in every row.*line 2"),
+        ("path,slide_id\nslides/b.svs,../b\n", "fit for a file name, got '../b'"),
+        ("path\nslides/gone.svs\n", r"must exist, found none \(.*gone\.svs"),
+        ("path\nslides/b.svs\nslides/b.svs\n", "unique, got 'b'"),
+    ],
+)
+def test_csv_files_that_cannot_be_used_are_refused(folder, text, message):
+    table = folder.parent / "list.csv"
+    table.write_text(text, encoding="utf-8")
+    with pytest.raises(SlideListError, match=message):
+        list_slides([table])
