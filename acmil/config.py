@@ -96,7 +96,7 @@ class HeatmapConfig(_Options):
     )
     scale: Literal["relative", "percentile"] = Field(
         "relative",
-        description="Colours: attention relative to uniform (comparable between slides), or percentile within the slide.",
+        description="Colours: attention relative to uniform (slides compare), or percentile within the slide.",
     )
     outlines: Path | None = Field(
         None, description="Folder of GeoJSON outlines (slide_id.geojson) to draw on the maps."

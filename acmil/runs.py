@@ -14,8 +14,8 @@ import torch
 from acmil.bags import Bag, pack
 from acmil.checkpoint import load_weights
 from acmil.cohort import Cohort, CohortError, CohortRow
-from acmil.devices import choose_device
 from acmil.models import MILModel, MILOutput, create_model
+from acmil.preprocessing.devices import choose_device
 
 if TYPE_CHECKING:
     from acmil.preprocessing.feature_file import FeatureMeta

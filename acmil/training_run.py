@@ -14,11 +14,11 @@ from acmil import environment
 from acmil.bags import BagDataset
 from acmil.checkpoint import load_state, save_state, save_weights
 from acmil.cohort import Cohort, CohortRow, read_cohort
-from acmil.devices import choose_device
 from acmil.json_file import write_json
 from acmil.metrics import classification_metrics, describe_metrics, metrics_with_intervals
 from acmil.models import MILModel, create_model
 from acmil.preprocessing.atomic import write_text
+from acmil.preprocessing.devices import choose_device
 from acmil.runs import RunError, load_run, write_predictions
 from acmil.splits import assign_splits, check_splits, write_splits
 from acmil.training import EpochRecord, FitResult, fit

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+
 from acmil.preprocessing.atomic import replacing
 
 FORMAT = "acmil-features"

@@ -14,7 +14,6 @@ TISSUE_TILES = (54, 84)  # tissue tiles a slide: inside 50 to 90 even if a tissu
 _CELLS_PER_TILE = TILE_PX // COARSE_PX
 _PATCH_RADIUS_PX = (260, 410)  # below PAD_PX
 _N_SHAPES = 5
-_CELLULARITY_SPREAD = 2.5
 _FEATHER_PX = 12.0
 _FRAME_CELLS = 9.0
 _MAX_PATCHES = 400
@@ -105,11 +104,17 @@ def _signed_distance_px(inside: np.ndarray) -> np.ndarray:
     return cv2.GaussianBlur(distance, (0, 0), 1.0) * COARSE_PX
 
 
-def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator) -> np.ndarray:
+def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator, *, cellularity: float = 0.0) -> np.ndarray:
     """Fill an outline with patches of a part's tissue, each with an irregular soft edge, in optical density.
 
-    The patches are turned by multiples of 90°, mirrored, and drawn with a preference, of its own for each slide, for
-    tissue with many or with few nuclei: slides differ in what they are made of, whatever their label.
+    The patches are turned by multiples of 90° and mirrored.
+
+    Args:
+        part: Where the patches come from.
+        outline: What to fill.
+        rng: Draws them.
+        cellularity: Preference for tissue with many nuclei (positive) or few (negative): log odds of the part's most
+            cellular place against its least.
 
     Returns:
         Optical density, float32 (h, w, 3), in level-0 px; filled a little beyond the outline.
@@ -117,7 +122,7 @@ def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator) -> np.nd
     height, width = (side * COARSE_PX for side in outline.depth_px.shape)
     density = np.zeros((height + 2 * PAD_PX, width + 2 * PAD_PX, 3), np.float32)
     open_cells = outline.depth_px > -2 * COARSE_PX
-    weight = np.exp(rng.normal(0.0, _CELLULARITY_SPREAD) * part.cellularity)
+    weight = np.exp(cellularity * part.cellularity)
     weight /= weight.sum()
     shapes = [_patch_shape(rng) for _ in range(_N_SHAPES)]
     for _ in range(_MAX_PATCHES):
@@ -164,16 +169,16 @@ def _cut_patch(
 
     def oriented(array: np.ndarray) -> np.ndarray:
         turned = array if turn is None else cv2.rotate(array, turn)
-        return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+        return cv2.flip(turned, 1) if mirrored else turned
 
-    return oriented(np.ascontiguousarray(part.density[window])), oriented(opacity)
+    return oriented(part.density[window]), oriented(opacity)
 
 
 def _lay(density: np.ndarray, patch: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:
     side = len(opacity)
     left, top = (PAD_PX + index * COARSE_PX + COARSE_PX // 2 - side // 2 for index in cell)
     below = density[top : top + side, left : left + side]
-    below[:] = cv2.blendLinear(patch, np.ascontiguousarray(below), opacity, 1.0 - opacity)
+    below[:] = cv2.blendLinear(patch, below, opacity, 1.0 - opacity)
 
 
 def _close_cells(open_cells: np.ndarray, opacity: np.ndarray, cell: tuple[int, int]) -> None:

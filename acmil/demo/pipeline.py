@@ -16,11 +16,11 @@ from acmil.config_file import load_config
 from acmil.demo.analysis import concentration_curves, lesion_localisation, mean_pool_auroc
 from acmil.demo.page import write_page
 from acmil.demo.planted import DEFAULT_DIFFICULTY, compose_cohort
-from acmil.devices import choose_device
 from acmil.evaluation import evaluate
 from acmil.heatmaps import heatmaps
 from acmil.json_file import write_json
 from acmil.preprocessing.config import PreprocessConfig
+from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.job import JobSummary, preprocess
 from acmil.projection import umap
 from acmil.runs import load_run
@@ -134,7 +134,7 @@ class _Demo:
         found = lesion_localisation(run, cohort, self.features, self.out / "lesions", positive=POSITIVE)
         auroc = metrics["ACMIL"]["auroc"]
         return {
-            "data": "synthetic: real tissue texture with planted lesions, made to test the pipeline; no medical meaning",
+            "data": "synthetic: real texture, planted lesions, made to test the pipeline; no medical meaning",
             "test_auroc": auroc["value"],
             "test_auroc_ci": [auroc["low"], auroc["high"]],
             "test_metrics": metrics["ACMIL"],

@@ -39,19 +39,32 @@ SLIDE_MPP = 0.5
 LABELS = ("normal", "lesion")
 SLIDES_PER_CASE = 2
 
-_SPLIT_SHARES = {"train": 0.5, "val": 0.15, "test": 0.35}  # of the cases
+_MIN_SLIDES = 12
+_SPLIT_SHARES = {"val": 0.15, "test": 0.35}  # of the pairs of cases; the rest trains
+_CELLULARITY_SPREAD = 2.5
 _NOISE_LEVELS = 1.2  # grain of the camera, in levels of 0-255
 _GRAIN_PX = 256
 
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """One row of the cohort, before it is drawn."""
+    """One row of the cohort, before it is drawn.
+
+    Attributes:
+        index: Number of the slide; its own random numbers come from it.
+        slide_id: Name of the slide.
+        case_id: Name of its case.
+        pair_index: Number of the pair of cases, one of each label, that were processed alike.
+        number_in_case: Its number in its case.
+        label: One of `LABELS`.
+        split: `train`, `val` or `test`.
+    """
 
     index: int
     slide_id: str
     case_id: str
-    case_index: int
+    pair_index: int
+    number_in_case: int
     label: str
     split: str
 
@@ -126,21 +139,28 @@ def compose_cohort(
 
 
 def plan_cohort(n_slides: int, *, seed: int) -> tuple[PlannedSlide, ...]:
-    """Lay out cases, labels and splits: in every split half the cases carry lesions, in all of their slides."""
-    if n_slides < 12:
-        raise ValueError(f"n_slides must be at least 12, got {n_slides}: each split needs cases of both labels.")
-    n_pairs = -(-n_slides // (2 * SLIDES_PER_CASE))  # a pair is one case of each label
-    n_val = max(1, round(_SPLIT_SHARES["val"] * n_pairs))
-    n_test = max(1, round(_SPLIT_SHARES["test"] * n_pairs))
+    """Lay out cases, labels and splits: cases come in pairs, one of each label, and a pair lies in one split.
+
+    Args:
+        n_slides: Number of slides, rounded up to whole pairs of cases.
+        seed: Of the order of the cases.
+
+    Raises:
+        ValueError: If `n_slides` is below 12, too few for both labels in every split.
+    """
+    if n_slides < _MIN_SLIDES:
+        raise ValueError(f"n_slides must be at least {_MIN_SLIDES}, got {n_slides}: each split needs both labels.")
+    n_pairs = -(-n_slides // (len(LABELS) * SLIDES_PER_CASE))
+    n_val, n_test = (max(1, round(_SPLIT_SHARES[split] * n_pairs)) for split in ("val", "test"))
     splits = ["train"] * (n_pairs - n_val - n_test) + ["val"] * n_val + ["test"] * n_test
-    kinds = [(label, split) for split in splits for label in LABELS]
-    order = np.random.default_rng([seed, 0]).permutation(len(kinds))
-    slides = []
-    for case_index, kind in enumerate(order):
-        label, split = kinds[kind]
-        for letter in "ab"[:SLIDES_PER_CASE]:
-            case_id = f"case{case_index + 1:02d}"
-            slides.append(PlannedSlide(len(slides), f"{case_id}_{letter}", case_id, case_index, label, split))
+    kinds = [(pair, label, split) for pair, split in enumerate(splits) for label in LABELS]
+    slides: list[PlannedSlide] = []
+    for place, kind in enumerate(np.random.default_rng([seed, 0]).permutation(len(kinds))):
+        pair, label, split = kinds[kind]
+        case_id = f"case{place + 1:02d}"
+        for number in range(SLIDES_PER_CASE):
+            slide_id = f"{case_id}_{number + 1}"
+            slides.append(PlannedSlide(len(slides), slide_id, case_id, pair, number, label, split))
     return tuple(slides)
 
 
@@ -183,12 +203,10 @@ class _Composer:
 
     def compose(self, slide: PlannedSlide) -> None:
         rng = np.random.default_rng([self.seed, 1, slide.index])
-        case_rng = np.random.default_rng([self.seed, 2, slide.case_index])
+        look = draw_look(self.seed, slide.pair_index, slide.number_in_case)
         name = "test" if slide.split == "test" else "train"
         severity = self.severity if slide.label == "lesion" else 0.0
-        image, plan = compose_slide(
-            self.parts[name], self.stamps[name], severity=severity, rng=rng, case_rng=case_rng
-        )
+        image, plan = compose_slide(self.parts[name], self.stamps[name], look, severity=severity, rng=rng)
         write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP)
         outlines = lesion_outlines(plan) if slide.label == "lesion" else []
         (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(
@@ -196,33 +214,51 @@ class _Composer:
         )
 
 
+@dataclass(frozen=True)
+class SlideLook:
+    """What makes slides look different whatever their label.
+
+    Attributes:
+        jitter: Its stain.
+        cellularity: Preference for tissue with many nuclei (positive) or few (negative), about -5 to 5.
+    """
+
+    jitter: StainJitter
+    cellularity: float
+
+
+def draw_look(seed: int, pair_index: int, number_in_case: int) -> SlideLook:
+    """Draw the look of a slide: partly its case's, partly its own, and the same in both cases of a pair.
+
+    Every slide with lesions so has a counterpart without, of equal stain and equal mixture of tissue, in the same split:
+    over a split, global colour tells nothing of the label.
+    """
+    case_rng = np.random.default_rng([seed, 2, pair_index])
+    slide_rng = np.random.default_rng([seed, 3, pair_index, number_in_case])
+    return SlideLook(draw_stain_jitter(case_rng, slide_rng), float(slide_rng.normal(0.0, _CELLULARITY_SPREAD)))
+
+
 def compose_slide(
-    part: TissuePart,
-    stamps: NucleusStamps,
-    *,
-    severity: float,
-    rng: np.random.Generator,
-    case_rng: np.random.Generator,
+    part: TissuePart, stamps: NucleusStamps, look: SlideLook, *, severity: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, LesionPlan]:
     """Draw one slide.
 
     Args:
         part: Tissue to compose it of.
         stamps: Nuclei of the same part.
+        look: Its stain and mixture of tissue.
         severity: Of its lesions, 0 (null lesions) to 1.
-        rng: The slide's own.
-        case_rng: Gives the same numbers for every slide of a case.
+        rng: The slide's own; used in the same way whatever the severity.
 
     Returns:
         RGB uint8 (h, w, 3) at 0.5 µm/px, and where its lesions, or null lesions, lie.
     """
     outline = draw_outline(rng)
-    density = quilt(part, outline, rng)
+    density = quilt(part, outline, rng, cellularity=look.cellularity)
     plan = plan_lesions(outline, rng)
-    draw_lesions(density, plan, stamps, severity=severity, rng=np.random.default_rng(rng.integers(2**63)))
-    jitter = draw_stain_jitter(case_rng, rng)
+    draw_lesions(density, plan, stamps, severity=severity, rng=rng)
     opacity = edge_opacity(outline, density, rng)
-    return _photograph(density, opacity, jitter, rng), plan
+    return _photograph(density, opacity, look.jitter, rng), plan
 
 
 def _photograph(
@@ -236,7 +272,7 @@ def _photograph(
     stained *= jitter.glass.astype(np.float32)
     height, width = density.shape[:2]
     grain = rng.normal(0.0, _NOISE_LEVELS, size=(_GRAIN_PX, _GRAIN_PX, 3)).astype(np.float32)
-    stained += np.tile(grain, (-(-height // _GRAIN_PX), -(-width // _GRAIN_PX), 1))[:height, :width]
+    stained += cv2.repeat(grain, -(-height // _GRAIN_PX), -(-width // _GRAIN_PX))[:height, :width]
     return cv2.convertScaleAbs(np.maximum(stained, 0.0, out=stained))  # rounds, and cuts at 255
 
 

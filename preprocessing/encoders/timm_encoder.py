@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.encoders.weights import EncoderError, load_weights, weights_digest
 
@@ -121,7 +122,7 @@ def create_encoder(name: str, *, weights: Path | None = None, device: str = "aut
         EncoderError: If the name is not known, the weights cannot be had or do not fit, or device or precision is not
             one that this machine has.
     """
-    where = resolve_device(device)
+    where = choose_device(device)
     how = resolve_precision(precision, where)
     timm = import_timm()
     _check_name(timm, name)
@@ -141,21 +142,6 @@ def create_encoder(name: str, *, weights: Path | None = None, device: str = "aut
         device=where,
         precision=how,
     )
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise EncoderError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.") from None
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise EncoderError(
-            f"device {device!r} must be there, got {torch.cuda.device_count()} CUDA devices. Use --device cpu or auto."
-        )
-    return resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:

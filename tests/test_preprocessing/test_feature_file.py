@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+
 from acmil.preprocessing.feature_file import FeatureFileError, FeatureMeta, open_feature_file, write_feature_file
 
 N_TILES, N_FEATURES = 37, 11
