@@ -23,6 +23,7 @@ from acmil.overlay import ColourScale, percentile_scale, relative_scale
 from acmil.preprocessing.feature_file import SUFFIX, FeatureMeta, open_feature_file
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide import Slide, Thumbnail
+from acmil.preprocessing.tissue import Tissue, area_fraction, find_tissue
 from acmil.runs import Run, load_run
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class SlideAttention:
         tissue_fraction: (N,) float32.
         thumbnail: (h, w, 3) uint8.
         downsample: Level-0 px per thumbnail px.
+        glass: (h, w) bool, thumbnail pixels without tissue, which stay uncoloured where they lie in a tile; none in a
+            tile where no tissue was found at all.
     """
 
     slide_id: str
@@ -70,6 +73,7 @@ class SlideAttention:
     tissue_fraction: np.ndarray
     thumbnail: np.ndarray
     downsample: float
+    glass: np.ndarray
 
     @property
     def prediction(self) -> str:
@@ -94,15 +98,10 @@ class SlideAttention:
         return percentile_rank(attention) if scale == "percentile" else relative_attention(attention)
 
     def raster(self, values: np.ndarray) -> np.ndarray:
-        """Paint one value a tile over the thumbnail: (h, w) float32, NaN = no tile."""
-        return score_raster(
-            values,
-            self.coords,
-            tile_level0_px=self.meta.tile_level0_px,
-            level0_size=(self.meta.level0_width, self.meta.level0_height),
-            downsample=self.downsample,
-            shape=self.thumbnail.shape[:2],
-        )
+        """Paint one value a tile over the thumbnail: (h, w) float32, NaN = no tile, or glass."""
+        painted = _painted(values, self.coords, self.meta, self.downsample, self.glass.shape)
+        painted[self.glass] = np.nan
+        return painted
 
 
 def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> list[Path]:
@@ -179,6 +178,7 @@ def read_slide_attention(
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
         thumbnail = _thumbnail(slide, thumbnail_mpp)
+        tissue = find_tissue(slide)
     slide_id = features.meta.slide_id
     bag = Bag(slide_id, features.features(), features.coords(), label=None, case_id=slide_id)
     predicted = run.predict(bag)
@@ -194,7 +194,37 @@ def read_slide_attention(
         tissue_fraction=features.tissue_fraction(),
         thumbnail=thumbnail.image,
         downsample=thumbnail.downsample,
+        glass=_glass(tissue, thumbnail, features.meta, bag.coords),
     )
+
+
+def _painted(
+    values: np.ndarray, coords: np.ndarray, meta: FeatureMeta, downsample: float, shape: tuple[int, ...]
+) -> np.ndarray:
+    return score_raster(
+        values,
+        coords,
+        tile_level0_px=meta.tile_level0_px,
+        level0_size=(meta.level0_width, meta.level0_height),
+        downsample=downsample,
+        shape=(shape[0], shape[1]),
+    )
+
+
+def _glass(tissue: Tissue, thumbnail: Thumbnail, meta: FeatureMeta, coords: np.ndarray) -> np.ndarray:
+    """Thumbnail pixels (h, w) that are no tissue; False all over tiles in which no tissue was found."""
+    height, width = thumbnail.image.shape[:2]
+    y, x = (
+        ((np.arange(side) + 0.5) * thumbnail.downsample / tissue.downsample).astype(int) for side in (height, width)
+    )
+    y, x = y.clip(0, tissue.mask.shape[0] - 1), x.clip(0, tissue.mask.shape[1] - 1)
+    glass = ~tissue.mask[y[:, None], x[None, :]]
+    boxes = np.concatenate([coords, coords + meta.tile_level0_px], axis=1) / tissue.downsample
+    bare = area_fraction(tissue.mask, boxes) == 0
+    if bare.any():
+        painted = _painted(np.ones(bare.sum()), coords[bare], meta, thumbnail.downsample, glass.shape)
+        glass &= np.isnan(painted)
+    return glass
 
 
 def colour_scale(name: str) -> ColourScale:

@@ -148,3 +148,22 @@ def test_branch_scale_and_outlines_reach_the_picture(config, slides, tmp_path, m
     assert np.nanmax(drawn["raster"]) > 90
     with pytest.raises(HeatmapError, match="branch must be 'mean' or a number from 0 to 4, got '7'"):
         heatmaps(config([slides["s014"]], branch="7"))
+
+
+def test_glass_inside_a_tile_stays_as_it_is():
+    """Tissue in the left half of the first tile; the second tile lies where no tissue was found."""
+    from acmil.heatmaps import _glass
+    from acmil.preprocessing.feature_file import FeatureMeta
+    from acmil.preprocessing.slide import Thumbnail
+    from acmil.preprocessing.tissue import Tissue
+
+    mask = np.zeros((16, 32), bool)  # 8 level-0 px a pixel
+    mask[:, :8] = True
+    tissue = Tissue(mask=mask, downsample=8.0, polygons=(), fraction=0.25)
+    thumbnail = Thumbnail(image=np.zeros((32, 64, 3), np.uint8), downsample=4.0)
+    meta = FeatureMeta("s", "e", "", "", 128, 128, 0, 256, 128, 0.5, 0.5)
+    glass = _glass(tissue, thumbnail, meta, np.array([[0, 0], [128, 0]]))
+    assert glass.shape == (32, 64)
+    assert not glass[:, :16].any()
+    assert glass[:, 16:32].all()
+    assert not glass[:, 32:].any()
