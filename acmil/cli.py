@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,16 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from acmil import __version__
-from acmil.config import DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
+from acmil.config import (
+    DemoConfig,
+    EvaluateConfig,
+    FeaturesConvertConfig,
+    FeaturesInfoConfig,
+    FeaturesVerifyConfig,
+    HeatmapConfig,
+    TrainConfig,
+    UmapConfig,
+)
 from acmil.config_file import ConfigError, load_config
 from acmil.preprocessing.config import PreprocessConfig
 from acmil.terminal import TerminalProgress, configure_logging
@@ -31,6 +41,10 @@ app = App(
 )
 samples = App(name="samples", help="Real sample slides, weights and bags out of published packages, checksummed.")
 app.command(samples)
+features = App(name="features", help="Look into, check and convert feature files of acmil and of other tools.")
+app.command(features)
+encoders = App(name="encoders", help="The registry of backbones: dimension, resolution, licence, access.")
+app.command(encoders)
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
@@ -43,7 +57,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[field.annotation | None, parameter])
 
 
-def _command(name: str, model: type[BaseModel], target: str, summary: str) -> None:
+def _command(name: str, model: type[BaseModel], target: str, summary: str, *, parent: App = app) -> None:
     """Register a command: its options are the model's fields, its work the function `module:function`."""
 
     def run(*arguments: Any, **keywords: Any) -> int:
@@ -89,7 +103,7 @@ def _command(name: str, model: type[BaseModel], target: str, summary: str) -> No
     signature = inspect.Signature([*fields, *shared])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__doc__ = summary
-    app.command(run, name=name)
+    parent.command(run, name=name)
 
 
 def _announce(result: Any, *, quiet: bool) -> int:
@@ -123,6 +137,27 @@ _command(
     "umap", UmapConfig, "acmil.projection:umap", "UMAP of instance features, coloured by attention, label and slide."
 )
 app["evaluate"].alias = ("eval",)
+_command(
+    "info",
+    FeaturesInfoConfig,
+    "acmil.feature_commands:info",
+    "Show what feature files hold, and what geometry they do not state.",
+    parent=features,
+)
+_command(
+    "verify",
+    FeaturesVerifyConfig,
+    "acmil.feature_commands:verify",
+    "Check feature files: truncation, NaN, shapes, encoder, missing slides; exit status 1 when something is wrong.",
+    parent=features,
+)
+_command(
+    "convert",
+    FeaturesConvertConfig,
+    "acmil.feature_conversion:convert",
+    "Convert feature files (TRIDENT, CLAM, STAMP, ACMIL reference, .npz bags) to acmil's format, or acmil's to theirs.",
+    parent=features,
+)
 
 
 @samples.command(name="list")
@@ -151,6 +186,30 @@ def fetch(name: str, /, *, out: Path | None = None) -> int:
     return DONE
 
 
+@encoders.command(name="list")
+def list_encoders() -> int:
+    """List the encoders that `--encoder` knows by name; any other timm model works as well."""
+    from acmil.preprocessing.encoders.registry import REGISTRY
+    from acmil.preprocessing.encoders.tables import encoder_table
+
+    print(encoder_table(REGISTRY))
+    return DONE
+
+
+@encoders.command(name="show")
+def show_encoder(name: str, /) -> int:
+    """Show all that is known of one encoder, and how to get it.
+
+    Args:
+        name: A name that `acmil encoders list` shows.
+    """
+    from acmil.preprocessing.encoders.registry import encoder_facts
+    from acmil.preprocessing.encoders.tables import encoder_page
+
+    print(encoder_page(encoder_facts(name)))
+    return DONE
+
+
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run one command line; 0: done, 1: the input or the run failed, 2: the command line is wrong."""
     configure_logging(quiet="--quiet" in arguments)
@@ -158,6 +217,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
         status = app(list(arguments), exit_on_error=False, print_error=False)
     except (CycloptsError, ConfigError) as error:
         return _complain(error, arguments, MISUSED)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        return DONE
     except (ValueError, OSError, ImportError) as error:
         return _complain(error, arguments, FAILED)
     except KeyboardInterrupt:

@@ -148,3 +148,49 @@ class DemoConfig(_Options):
     epochs: int = Field(100, ge=1, description="Training epochs.")
     workers: int | None = Field(None, ge=1, description="Processes and reader threads; default: one a core.")
     device: Device = Field("auto", description=_DEVICE)
+
+
+class FeaturesInfoConfig(_Options):
+    """Options of `acmil features info`."""
+
+    path: Path = Field(description="A feature file of any format, or a folder of them.", json_schema_extra=Positional)
+
+
+class FeaturesVerifyConfig(_Options):
+    """Options of `acmil features verify`."""
+
+    path: Path = Field(description="A feature file of any format, or a folder of them.", json_schema_extra=Positional)
+    cohort: Path | None = Field(None, description="CSV with slide_id: each of its slides must have features.")
+    encoder: str | None = Field(
+        None, description="Encoder that the features must be of; by default that of most of the files."
+    )
+
+
+class FeaturesConvertConfig(_Options):
+    """Options of `acmil features convert`; what the files state themselves must not be stated differently."""
+
+    path: Path = Field(description="A feature file of any format, or a folder of them.", json_schema_extra=Positional)
+    out: Path = Field(description="Folder for the converted files, and cohort.csv where the source holds labels.")
+    to: Literal["acmil", "trident", "clam", "stamp", "acmil-reference"] = Field(
+        "acmil", description="Format to write: acmil, trident, clam (h5 and pt), stamp or acmil-reference."
+    )
+    slides: Path | None = Field(
+        None, description="Folder of the slides, which state what the files do not: size and resolution of level 0."
+    )
+    level0_mpp: float | None = Field(None, gt=0, description="Resolution of level 0 in µm per pixel.")
+    level0_width: int | None = Field(None, ge=1, description="Width of the slide in level-0 pixels.")
+    level0_height: int | None = Field(None, ge=1, description="Height of the slide in level-0 pixels.")
+    tile_px: int | None = Field(None, ge=1, description="Side of a tile in pixels at the tiles' resolution.")
+    tile_level0_px: int | None = Field(None, ge=1, description="Side of a tile in level-0 pixels.")
+    tile_mpp: float | None = Field(None, gt=0, description="Resolution of the tiles in µm per pixel.")
+    overlap_px: int | None = Field(None, ge=0, description="Overlap of neighbouring tiles in pixels of the tile.")
+    coords_mpp: float | None = Field(
+        None, gt=0, description="µm per unit of the coordinates, for files that do not state the unit."
+    )
+    encoder: str | None = Field(None, description="Encoder that the features are of, for files that do not state it.")
+    without_geometry: bool = Field(
+        False, description="Convert to acmil although geometry is missing: enough to train, not for heatmaps."
+    )
+    cohort: Path | None = Field(
+        None, description="CSV with slide_id,label, for acmil-reference, which keeps labels with the features."
+    )

@@ -109,7 +109,8 @@ def _write_roc(path: Path, run: Run, labels: np.ndarray, probabilities: np.ndarr
         truth = (labels == index).astype(int)
         if 0 < truth.sum() < len(truth):
             curve = roc_points(truth, probabilities[:, index])
-            curves[f"{run.classes[index]} against the rest"] = (curve.false_positive_rate, curve.true_positive_rate)
+            rest = run.classes[0] if len(run.classes) == 2 else "the rest"
+            curves[f"{run.classes[index]} against {rest}"] = (curve.false_positive_rate, curve.true_positive_rate)
     if not curves:
         logger.warning("no ROC curve: the slides are all of one class")
         return

@@ -91,8 +91,8 @@ class Exploration:
         slide = self.view(slide_id)
         values = slide.scores(branch, "relative")
         shown = np.where(values >= threshold, values, np.nan)
-        note = f"Shown: {branch_name(branch, len(slide.attention))}"
-        note += f", {int((values >= threshold).sum())} of {len(values)} tiles with at least {threshold:g}×."
+        which = f"the {np.sum(values >= threshold):,} of {len(values):,} tiles with at least {threshold:g}×"
+        tiles = which if threshold > 0 else f"all {len(values):,} tiles"
         return heatmap_figure(
             slide.thumbnail,
             slide.raster(shown),
@@ -102,7 +102,7 @@ class Exploration:
             prediction=slide.prediction,
             outlines=self.outlines(slide_id),
             outline_label="lesion",
-            note=note,
+            note=f"Shown: {branch_name(branch, len(slide.attention))}, {tiles}.",
         )
 
     def tiles_figure(self, slide_id: str, *, branch: str = MEAN_BRANCH, count: int = 12) -> Figure:
@@ -196,8 +196,11 @@ def _find_demo() -> Path:
     )
 
 
-def interact(show: Callable[..., Any], **choices: Sequence[Any] | tuple[float, float, float]) -> Any:
-    """Call `show` again at each choice where ipywidgets is there; otherwise once, with the first of each.
+def interact(show: Callable[..., Any], **choices: Sequence[Any] | tuple[float, float, float]) -> None:
+    """Display controls that call `show` at each change; without ipywidgets, call it once with the first of each choice.
+
+    Nothing is shown before the first change: a notebook executed without a front end, which has nobody to choose, does
+    no work here.
 
     Args:
         show: Takes each name in `choices` and displays something.
@@ -205,10 +208,21 @@ def interact(show: Callable[..., Any], **choices: Sequence[Any] | tuple[float, f
     """
     try:
         import ipywidgets
+        from IPython.display import display
     except ImportError:
-        return show(**{name: values[0] for name, values in choices.items()})
+        show(**{name: values[0] for name, values in choices.items()})
+        return
     controls = {name: _control(ipywidgets, name, values) for name, values in choices.items()}
-    return ipywidgets.interact(show, **controls)
+    output = ipywidgets.Output()
+
+    def redraw(_: Any) -> None:
+        output.clear_output(wait=True)
+        with output:
+            show(**{name: control.value for name, control in controls.items()})
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    display(ipywidgets.VBox([*controls.values(), output]))
 
 
 def _control(ipywidgets: Any, name: str, values: Sequence[Any]) -> Any:

@@ -20,7 +20,7 @@ from acmil.attention_maps import (
 from acmil.bags import Bag
 from acmil.outlines import Polygon, read_outlines
 from acmil.overlay import ColourScale, percentile_scale, relative_scale
-from acmil.preprocessing.feature_file import SUFFIX, FeatureMeta, open_feature_file
+from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide import Slide, Thumbnail
 from acmil.preprocessing.tissue import Tissue, area_fraction, find_tissue
@@ -55,7 +55,7 @@ class SlideAttention:
         attention: (K, N) float64, each row sums to 1.
         hidden: (N, L) float32, the model's instance features.
         coords: (N, 2) int64, top-left corners in level-0 px.
-        tissue_fraction: (N,) float32.
+        tissue_fraction: (N,) float32, NaN where it is not known.
         thumbnail: (h, w, 3) uint8.
         downsample: Level-0 px per thumbnail px.
         glass: (h, w) bool, thumbnail pixels without tissue, which stay uncoloured where they lie in a tile; none in a
@@ -89,7 +89,7 @@ class SlideAttention:
             self.attention,
             self.coords,
             tile_level0_px=self.meta.tile_level0_px,
-            tissue_fraction=self.tissue_fraction,
+            tissue_fraction=None if np.isnan(self.tissue_fraction).all() else self.tissue_fraction,
         )
 
     def scores(self, branch: str | int, scale: str) -> np.ndarray:
@@ -174,6 +174,7 @@ def read_slide_attention(
             f"no features of slide '{slide_path.stem}': {feature_path} does not exist. Preprocess the slide first."
         )
     features = open_feature_file(feature_path)
+    _check_located(features, needs_mpp=mpp_override is None)
     run.check_features(features.meta, force=force)
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
@@ -293,6 +294,18 @@ def _thumbnail(slide: Slide, mpp: float | None) -> Thumbnail:
     if max(slide.width, slide.height) * slide.mpp / mpp > LARGEST_THUMBNAIL_PX:
         return slide.thumbnail_within(LARGEST_THUMBNAIL_PX)
     return slide.thumbnail(mpp)
+
+
+def _check_located(features: FeatureFile, *, needs_mpp: bool) -> None:
+    """Files converted from formats that state less may not say where the tiles lie."""
+    needed = ["tile_level0_px", "level0_width", "level0_height", *(["level0_mpp"] if needs_mpp else [])]
+    missing = [name for name in needed if name in features.meta.unknown]
+    missing = missing if features.has_coords() else ["coords", *missing]
+    if missing:
+        raise HeatmapError(
+            f"a map needs to know where the tiles lie, not known: {', '.join(missing)} ({features.path}). "
+            "Convert the features again with `acmil features convert --slides`, or preprocess the slide."
+        )
 
 
 def _check_size(slide: Slide, meta: FeatureMeta, feature_path: Path) -> None:

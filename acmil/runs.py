@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from acmil.checkpoint import load_weights
 from acmil.cohort import Cohort, CohortError, CohortRow
 from acmil.models import MILModel, MILOutput, create_model
 from acmil.preprocessing.devices import choose_device
+from acmil.preprocessing.feature_file import UNKNOWN_PX
 
 if TYPE_CHECKING:
     from acmil.preprocessing.feature_file import FeatureMeta
@@ -76,25 +78,27 @@ class Run:
     def check_features(self, meta: "FeatureMeta", *, force: bool = False) -> None:
         """Refuse features of another encoder or resolution than the model was trained on.
 
+        What is not known, as in converted files, agrees with any.
+
         Raises:
             RunError: If encoder, its weights, tile size or resolution (beyond 2 %) differ and `force` is off.
         """
         differences = [
             f"{name} {theirs!r}, trained on {ours!r}"
             for name, theirs, ours, same in (
-                ("encoder", meta.encoder, self.encoder, meta.encoder == self.encoder),
+                ("encoder", meta.encoder, self.encoder, _agree(meta.encoder, self.encoder)),
                 (
                     "encoder weights",
                     meta.encoder_digest[:12],
                     self.encoder_digest[:12],
-                    meta.encoder_digest == self.encoder_digest,
+                    _agree(meta.encoder_digest, self.encoder_digest),
                 ),
-                ("tile size in pixels", meta.tile_px, self.tile_px, meta.tile_px == self.tile_px),
+                ("tile size in pixels", meta.tile_px, self.tile_px, _agree(meta.tile_px, self.tile_px)),
                 (
                     "µm per pixel",
                     round(meta.tile_mpp, 4),
                     round(self.tile_mpp, 4),
-                    abs(meta.tile_mpp / self.tile_mpp - 1) <= _RESOLUTION_TOLERANCE,
+                    not abs(meta.tile_mpp / self.tile_mpp - 1) > _RESOLUTION_TOLERANCE,  # NaN: not known
                 ),
             )
             if not same
@@ -141,6 +145,10 @@ class Run:
         return Cohort(rows=tuple(rows), has_cases=cohort.has_cases, path=cohort.path)
 
 
+def _agree(theirs: str | int, ours: str | int) -> bool:
+    return theirs == ours or not {theirs, ours}.isdisjoint({"", UNKNOWN_PX})
+
+
 def load_run(folder: Path | str, *, device: str = "auto") -> Run:
     """Read a run folder back.
 
@@ -168,7 +176,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         classes=tuple(description["classes"]),
         encoder=description["encoder"],
         encoder_digest=description["encoder_digest"],
-        tile_mpp=description["tile_mpp"],
+        tile_mpp=math.nan if description["tile_mpp"] is None else description["tile_mpp"],
         tile_px=description["tile_px"],
         splits={row["slide_id"]: row["split"] for row in rows},
         case_splits={row["case_id"]: row["split"] for row in rows},

@@ -20,9 +20,12 @@ class PreprocessConfig(BaseModel):
         json_schema_extra={"positional": True},
     )
     out: Path = Field(description="Job folder to write; what is already done in it is kept.")
-    encoder: str = Field(min_length=1, description="A timm model, or hf-hub:organisation/model.")
+    encoder: str = Field(
+        min_length=1, description="A name of `acmil encoders list`, a timm model, or hf-hub:organisation/model."
+    )
     weights: Path | None = Field(
-        None, description="Local weights file (.safetensors, .pth, .pt, .bin); by default timm fetches them."
+        None,
+        description="Local weights file (.safetensors, .pth, .pt, .bin, .torch); by default the hub's are fetched.",
     )
     tile_px: int = Field(256, ge=16, le=8192, description="Side of a tile in px.")
     tile_mpp: float = Field(

@@ -2,8 +2,13 @@
 
 What is written where: datasets `features` (N, D), `coords` (N, 2) and `tissue_fraction` (N,); the attributes are listed
 in `_ATTRIBUTES` below. The datasets are contiguous and not compressed, so that `features` can be memory-mapped.
+
+What is not known, in files converted from formats that state less: an attribute is left out and named in the file's
+attribute `unknown`, as a reader would take any number for real; here it reads as -1 (pixels), NaN (µm/px) or "" (names
+and digests). `coords` of which nothing is known are all -1, an unknown `tissue_fraction` is NaN.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +20,11 @@ from acmil.preprocessing.atomic import replacing
 FORMAT = "acmil-features"
 FORMAT_VERSION = 1
 SUFFIX = ".h5"
+UNKNOWN_PX = -1  # a number of pixels, or a coordinate, that is not known
 
 _BLOCK_VALUES = 1 << 22  # features are checked in blocks of this many numbers: 8 to 16 MB at a time
 # What h5py raises on damaged files, depending on which part of the file is gone.
-_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 _MEND = "Delete the file and preprocess the slide again."
 
 
@@ -60,6 +66,11 @@ class FeatureMeta:
     level0_magnification: float | None = None
     target_magnification: float | None = None
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The fields of the slide's and the tiles' size and resolution that are not known."""
+        return tuple(field for field, _, _ in _ATTRIBUTES if _is_unknown(getattr(self, field)))
+
 
 # field of FeatureMeta, type, and where it is kept: (object, attribute). The first place is the one that is read.
 _ATTRIBUTES: tuple[tuple[str, type, tuple[tuple[str, str], ...]], ...] = (
@@ -78,6 +89,11 @@ _ATTRIBUTES: tuple[tuple[str, type, tuple[tuple[str, str], ...]], ...] = (
     ("target_magnification", float, (("coords", "target_magnification"),)),
 )
 _OPTIONAL = {"level0_magnification", "target_magnification"}
+_UNKNOWN = {int: UNKNOWN_PX, float: math.nan}
+
+
+def _is_unknown(value: str | float | None) -> bool:
+    return not isinstance(value, str) and value is not None and not value >= 0  # NaN compares false
 
 
 @dataclass(frozen=True)
@@ -109,12 +125,16 @@ class FeatureFile:
         return np.memmap(self.path, dtype=dtype, mode="r", offset=offset_bytes, shape=shape)
 
     def coords(self) -> np.ndarray:
-        """Return the tiles' top-left corners (N, 2), int64, (x, y) in level-0 px."""
+        """Return the tiles' top-left corners (N, 2), int64, (x, y) in level-0 px; all -1 where they are not known."""
         with h5py.File(self.path, "r") as file:
             return file["coords"][...].astype(np.int64, copy=False)
 
+    def has_coords(self) -> bool:
+        """Whether it is known where the tiles lie."""
+        return bool((self.coords() != UNKNOWN_PX).any())
+
     def tissue_fraction(self) -> np.ndarray:
-        """Return the share of each tile that is tissue, (N,) float32 in [0, 1]."""
+        """Return the share of each tile that is tissue, (N,) float32 in [0, 1]; NaN where it is not known."""
         with h5py.File(self.path, "r") as file:
             return file["tissue_fraction"][...].astype(np.float32, copy=False)
 
@@ -171,7 +191,7 @@ def open_feature_file(path: Path, *, check_values: bool = True) -> FeatureFile:
             return _checked(path, file, check_values=check_values)
     except FeatureFileError:
         raise
-    except _HDF5_ERRORS as error:
+    except HDF5_ERRORS as error:
         raise FeatureFileError(
             "feature file must be whole HDF5, this one is truncated, damaged or another kind of file: "
             f"{error} ({path}). {_MEND}"
@@ -244,9 +264,11 @@ def _check_finite(path: Path, features: np.ndarray | h5py.Dataset, *, mend: str)
 def _write_attributes(file: h5py.File, meta: FeatureMeta) -> None:
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
+    if meta.unknown:
+        file.attrs["unknown"] = ", ".join(meta.unknown)
     for field, kind, places in _ATTRIBUTES:
         value = getattr(meta, field)
-        if value is None and field in _OPTIONAL:
+        if (value is None and field in _OPTIONAL) or field in meta.unknown:
             continue  # not known: left out, as a reader would take any number for real
         for owner, attribute in places:
             file[owner].attrs[attribute] = kind(value)
@@ -254,8 +276,12 @@ def _write_attributes(file: h5py.File, meta: FeatureMeta) -> None:
 
 def _read_attributes(path: Path, file: h5py.File) -> FeatureMeta:
     values: dict[str, str | int | float | None] = {}
+    unknown = str(file.attrs.get("unknown", "")).split(", ")
     for field, kind, ((owner, attribute), *_) in _ATTRIBUTES:
         found = file[owner].attrs.get(attribute)
+        if found is None and field in unknown:
+            values[field] = _UNKNOWN[kind]
+            continue
         if found is None and field not in _OPTIONAL:
             raise FeatureFileError(f"attribute {attribute!r} of {owner!r} must be there, found none ({path}). {_MEND}")
         values[field] = None if found is None else kind(found)

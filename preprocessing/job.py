@@ -14,6 +14,7 @@ from acmil.preprocessing.allocator import keep_large_buffers
 from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.embedding import EmbeddedSlide, embed, write_embedded
 from acmil.preprocessing.encoders import Encoder, create_encoder
+from acmil.preprocessing.encoders.registry import tile_advice
 from acmil.preprocessing.feature_file import FeatureFileError
 from acmil.preprocessing.job_folder import JobFolder
 from acmil.preprocessing.ledger import Row
@@ -78,6 +79,7 @@ def preprocess(config: PreprocessConfig, *, progress: Progress | None = None) ->
     begun = time.perf_counter()
     sources = list_slides(config.slides, mpp=config.mpp_override)
     encoder = create_encoder(config.encoder, weights=config.weights, device=config.device, precision=config.precision)
+    _warn_of_unusual_tiles(config, encoder)
     folder = JobFolder(config.out, numbers=_numbers(config, encoder))
     workers = config.workers or _n_cores()
     in_force = {"device": str(encoder.device), "precision": encoder.precision, "workers": workers}
@@ -199,6 +201,13 @@ class _Job:
     def _note(self, batch: TileBatch) -> None:
         last = batch.segments[-1]
         self._progress.advance(0, f"{last.prepared.source.slide_id}: {last.stop} of {len(last.prepared.grid)} tiles")
+
+
+def _warn_of_unusual_tiles(config: PreprocessConfig, encoder: Encoder) -> None:
+    """Tell where the tiles are not those the encoder was made for; they stay as asked."""
+    if encoder.facts is not None:
+        for sentence in tile_advice(encoder.facts, tile_px=config.tile_px, tile_mpp=config.tile_mpp):
+            logger.warning(sentence)
 
 
 def _numbers(config: PreprocessConfig, encoder: Encoder) -> dict[str, Any]:

@@ -13,13 +13,16 @@ import numpy as np
 
 from acmil.demo.canvas import Outline, smooth_noise, tile_shares
 from acmil.demo.nuclei import STAMP_PX, NucleusStamps, find_nuclei
+from acmil.demo.stains import haematoxylin_amount
 from acmil.demo.tissue_source import COARSE_PX
 
-LESION_TILE_SHARES = (0.04, 0.09)  # lesion tiles among tissue tiles; one more or less is still within 3 to 10 %
+LESION_TILE_SHARES = (0.045, 0.09)  # lesion tiles among tissue tiles; one more or less is still within 3 to 10 %
 LESION_TILE_FRACTION = 0.5  # a tile counts as lesion when the lesions cover at least half of it
 
 _MAX_LESIONS = 3
 _MIN_LESION_TILES = 1.3  # area of the smallest lesion, in tiles
+_SITE_PREFERENCE = 6.0  # log odds of the site with least haematoxylin against that with most
+_SITE_SCALE_PX = 96.0
 _MAX_MAGNIFICATION = 0.6  # relative growth of nuclei at severity 1
 _STAMPS_PER_PX2 = 1 / 520
 _CANDIDATES = 6  # stamps to choose from, for each place the one that comes from the most similar tissue
@@ -42,8 +45,17 @@ class LesionPlan:
     depth_px: np.ndarray
 
 
-def plan_lesions(outline: Outline, rng: np.random.Generator) -> LesionPlan:
-    """Draw one to three lesions inside the outline that make up 3 to 10 % of its tissue tiles."""
+def plan_lesions(outline: Outline, density: np.ndarray, rng: np.random.Generator) -> LesionPlan:
+    """Draw one to three lesions inside the outline that make up 3 to 10 % of its tissue tiles.
+
+    Args:
+        outline: Where the tissue lies.
+        density: Optical density of the filled canvas, float32 (h, w, 3): lesions lie by preference where there is
+            little haematoxylin, in dermis rather than in epidermis.
+        rng: Draws number, size, shape and place.
+    """
+    coarse = cv2.resize(density, outline.depth_px.shape[::-1], interpolation=cv2.INTER_AREA)
+    haematoxylin = cv2.GaussianBlur(haematoxylin_amount(coarse), (0, 0), _SITE_SCALE_PX / COARSE_PX)
     n_tiles = int(outline.tissue_tiles.sum())
     low, high = (share * n_tiles for share in LESION_TILE_SHARES)
     while True:
@@ -52,7 +64,7 @@ def plan_lesions(outline: Outline, rng: np.random.Generator) -> LesionPlan:
         areas = _MIN_LESION_TILES + (n_lesion_tiles * 1.1 - _MIN_LESION_TILES * n_lesions) * rng.dirichlet(
             np.full(n_lesions, 3.0)
         )
-        depth_px = _place(outline, np.maximum(areas, _MIN_LESION_TILES), rng)
+        depth_px = _place(outline, haematoxylin, np.maximum(areas, _MIN_LESION_TILES), rng)
         if depth_px is not None and lesion_tiles(depth_px, outline).sum() == n_lesion_tiles:
             return LesionPlan(depth_px)
 
@@ -62,7 +74,9 @@ def lesion_tiles(depth_px: np.ndarray, outline: Outline) -> np.ndarray:
     return (tile_shares(depth_px > 0) >= LESION_TILE_FRACTION) & outline.tissue_tiles
 
 
-def _place(outline: Outline, areas_tiles: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+def _place(
+    outline: Outline, haematoxylin: np.ndarray, areas_tiles: np.ndarray, rng: np.random.Generator
+) -> np.ndarray | None:
     shape = outline.depth_px.shape
     room = outline.depth_px.copy()
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
@@ -72,7 +86,9 @@ def _place(outline: Outline, areas_tiles: np.ndarray, rng: np.random.Generator) 
         candidates = np.argwhere(room > 0.9 * radius_px)
         if len(candidates) == 0:
             return None
-        row, column = candidates[rng.integers(len(candidates))]
+        rank = haematoxylin[candidates[:, 0], candidates[:, 1]].argsort(kind="stable").argsort() / len(candidates)
+        weight = np.exp(-_SITE_PREFERENCE * rank)
+        row, column = candidates[rng.choice(len(candidates), p=weight / weight.sum())]
         stretch, angle = float(np.exp(rng.uniform(-0.2, 0.2))), rng.uniform(0, np.pi)
         dx, dy = (x - column) * COARSE_PX, (y - row) * COARSE_PX
         along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)

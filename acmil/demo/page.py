@@ -14,10 +14,10 @@ from acmil.figures import concentration_figure, training_curves_figure
 DPI = 110
 _MOST_MAPS = 3  # of each kind: true and false, positive and negative
 KINDS = {
-    (True, True): "Lesion called lesion",
-    (True, False): "Lesion called normal",
-    (False, True): "Normal called lesion",
-    (False, False): "Normal called normal",
+    (True, True): "Planted, called planted",
+    (True, False): "Planted, called normal",
+    (False, True): "Normal, called planted",
+    (False, False): "Normal, called normal",
 }
 
 
@@ -67,5 +67,5 @@ def group_calls(predictions: Path, *, positive: str) -> dict[str, list[dict[str,
         kind = KINDS[row["label"] == positive, row["prediction"] == positive]
         groups[kind].append({"slide_id": row["slide_id"], "probability": float(row[f"probability_{positive}"])})
     for name, group in groups.items():
-        group.sort(key=lambda call: call["probability"], reverse=name.endswith("called lesion"))
+        group.sort(key=lambda call: call["probability"], reverse=name.endswith("called planted"))
     return groups

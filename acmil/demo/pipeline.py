@@ -15,7 +15,7 @@ from acmil.config import EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
 from acmil.config_file import load_config
 from acmil.demo.analysis import concentration_curves, lesion_localisation, mean_pool_auroc
 from acmil.demo.page import write_page
-from acmil.demo.planted import DEFAULT_DIFFICULTY, compose_cohort
+from acmil.demo.planted import DEFAULT_DIFFICULTY, POSITIVE, compose_cohort
 from acmil.evaluation import evaluate
 from acmil.heatmaps import heatmaps
 from acmil.json_file import write_json
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from acmil.config import DemoConfig
     from acmil.preprocessing.progress import Progress
 
-POSITIVE = "lesion"
-RUNS = {"ACMIL": ("run", "acmil_ga"), "ABMIL": ("run_abmil", "abmil")}  # name on the page → folder, preset
+RUNS = {"ACMIL": ("run", "demo"), "ABMIL": ("run_abmil", "abmil")}  # name on the page → folder, preset
 
 Result = TypeVar("Result")
 
@@ -77,8 +76,8 @@ class _Demo:
         weights = self.stage("samples", lambda: fetch_sample("efficientnet-lite0"))
         self.stage("compose", lambda: self.compose(source))
         job = self.stage("preprocess", lambda: self.preprocess([self.out / "slides"], self.out / "job", weights))
-        for folder, preset in RUNS.values():
-            self.stage(f"train {preset}", lambda folder=folder, preset=preset: self.train(folder, preset))
+        for name, (folder, preset) in RUNS.items():
+            self.stage(f"train {name}", lambda folder=folder, preset=preset: self.train(folder, preset))
         cohort = read_cohort(self.out / "cohort.csv")
         values = self.stage("evaluate", lambda: self.evaluate(cohort))
         test = [self.out / "slides" / f"{row.slide_id}.tif" for row in cohort.rows if row.split == "test"]
@@ -161,6 +160,7 @@ class _Demo:
 
     def heatmaps(self, slides: list[Path], features: Path, out: Path, outlines: Path | None = None) -> None:
         options = {"run": self.out / "run", "slides": slides, "features": features, "out": out, "outlines": outlines}
+        options |= {"thumbnail_mpp": 2.0}  # the slides are small
         heatmaps(HeatmapConfig(**options, device=self.config.device), progress=self.progress)
 
     def umap(self) -> None:

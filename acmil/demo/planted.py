@@ -1,8 +1,8 @@
 """The planted-lesion cohort: small slides composed of real tissue, half of them with lesions whose place is known.
 
 The texture is real, the disease is not: the cohort tests a pipeline from slide files to attention maps, and has no
-medical meaning. Slides with and without lesions differ in the lesions alone: the same tissue, outline, stain, resampling,
-pasting and compression (see `acmil.demo.lesions` for what a slide without lesions goes through in their place).
+medical meaning. Slides with and without lesions differ in the lesions alone: the same tissue, outline, stain,
+resampling, pasting and compression (see `acmil.demo.lesions` for what a slide without lesions goes through in their place).
 """
 
 import csv
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DIFFICULTY = 0.5
+DEFAULT_DIFFICULTY = 0.2
 __all__ = ["DEFAULT_DIFFICULTY", "PlantedCohort", "compose_cohort", "plan_cohort", "tile_lesion_fraction"]
 
 SLIDE_MPP = 0.5
-LABELS = ("normal", "lesion")
+NEGATIVE, POSITIVE = LABELS = ("normal", "planted")
 SLIDES_PER_CASE = 2
 
 _MIN_SLIDES = 12
 _SPLIT_SHARES = {"val": 0.15, "test": 0.35}  # of the pairs of cases; the rest trains
-_CELLULARITY_SPREAD = 2.5
+_CELLULARITY_SPREAD = 0.8
 _NOISE_LEVELS = 1.2  # grain of the camera, in levels of 0-255
 _GRAIN_PX = 256
 
@@ -102,8 +102,8 @@ def compose_cohort(
 ) -> PlantedCohort:
     """Compose the cohort: `out/slides/*.tif`, `out/lesions/*.geojson` and `out/cohort.csv`.
 
-    Each slide depends on the seed and its own number alone: the same bytes come out on one machine whatever the number of
-    workers.
+    Each slide depends on the seed and its own number alone: the same bytes come out on one machine whatever the number
+    of workers.
 
     Args:
         source_slide: CMU-1-Small-Region.svs.
@@ -205,10 +205,10 @@ class _Composer:
         rng = np.random.default_rng([self.seed, 1, slide.index])
         look = draw_look(self.seed, slide.pair_index, slide.number_in_case)
         name = "test" if slide.split == "test" else "train"
-        severity = self.severity if slide.label == "lesion" else 0.0
+        severity = self.severity if slide.label == POSITIVE else 0.0
         image, plan = compose_slide(self.parts[name], self.stamps[name], look, severity=severity, rng=rng)
         write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP)
-        outlines = lesion_outlines(plan) if slide.label == "lesion" else []
+        outlines = lesion_outlines(plan) if slide.label == POSITIVE else []
         (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(
             json.dumps(outlines_geojson(outlines)), encoding="utf-8"
         )
@@ -230,8 +230,8 @@ class SlideLook:
 def draw_look(seed: int, pair_index: int, number_in_case: int) -> SlideLook:
     """Draw the look of a slide: partly its case's, partly its own, and the same in both cases of a pair.
 
-    Every slide with lesions so has a counterpart without, of equal stain and equal mixture of tissue, in the same split:
-    over a split, global colour tells nothing of the label.
+    Every slide with lesions so has a counterpart without, of equal stain and equal mixture of tissue, in the same
+    split: over a split, global colour tells nothing of the label.
     """
     case_rng = np.random.default_rng([seed, 2, pair_index])
     slide_rng = np.random.default_rng([seed, 3, pair_index, number_in_case])
@@ -255,15 +255,13 @@ def compose_slide(
     """
     outline = draw_outline(rng)
     density = quilt(part, outline, rng, cellularity=look.cellularity)
-    plan = plan_lesions(outline, rng)
+    plan = plan_lesions(outline, density, rng)
     draw_lesions(density, plan, stamps, severity=severity, rng=rng)
     opacity = edge_opacity(outline, density, rng)
     return _photograph(density, opacity, look.jitter, rng), plan
 
 
-def _photograph(
-    density: np.ndarray, opacity: np.ndarray, jitter: StainJitter, rng: np.random.Generator
-) -> np.ndarray:
+def _photograph(density: np.ndarray, opacity: np.ndarray, jitter: StainJitter, rng: np.random.Generator) -> np.ndarray:
     """Light through stained tissue on glass, with a little grain: uint8 (h, w, 3)."""
     stained = cv2.transform(density, np.ascontiguousarray(jitter.density_map().T))
     stained += jitter.density_offset()

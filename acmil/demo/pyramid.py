@@ -1,7 +1,7 @@
 """Writing a small slide: a pyramidal, tiled, JPEG-compressed TIFF that says its resolution.
 
-The container is written here in full, since tifffile, for want of a codec package, writes no JPEG tiles even when handed
-them encoded.
+The container is written here in full, since tifffile, for want of a codec package, writes no JPEG tiles even when
+handed them encoded.
 
 Reference:
     TIFF 6.0, Aldus 1992, with JPEG compression after Adobe's TIFF Technical Note 2.

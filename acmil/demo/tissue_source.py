@@ -15,7 +15,9 @@ COARSE_PX = 16  # side of a cell of every coarse map; 224 px tiles are 14 cells
 _HELD_OUT_ROWS = (0.62, 0.80)  # share of the height; rows of the test part: follicle, epidermis, dermis
 _MARGIN_ROWS = 0.012  # share of the height on either side of a cut that no part uses
 _TISSUE_SATURATION = 25
-_PATCH_TISSUE = 0.9  # share of a tile around a patch's centre that must be tissue
+_KERATIN_LIGHT = 108  # mean blue light, 0-255, below which a stretch of tissue is horn
+_KERATIN_SCALE_PX = 20.0
+_PATCH_TISSUE = 0.8  # share of a tile around a patch's centre that must be tissue
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def _tissue_mask(image: np.ndarray) -> np.ndarray:
     dye = smooth[..., 1] > smooth[..., 0] + 4  # the green specks at the edges: no tissue is greener than red
     dye = cv2.dilate(dye.astype(np.uint8), np.ones((15, 15), np.uint8)) > 0
     closed = cv2.morphologyEx((saturation > _TISSUE_SATURATION).astype(np.uint8), cv2.MORPH_CLOSE, _disc(9))
-    opened = cv2.morphologyEx(closed, cv2.MORPH_OPEN, _disc(25))
-    return (opened > 0) & ~dye
+    opened = cv2.morphologyEx(closed, cv2.MORPH_OPEN, _disc(61))
+    return (opened > 0) & ~dye & ~_keratin(image)
 
 
 def _glass(image: np.ndarray, tissue: np.ndarray) -> np.ndarray:
@@ -111,9 +113,17 @@ def _padded(array: np.ndarray) -> np.ndarray:
 
 
 def _patch_centres(depth_px: np.ndarray) -> np.ndarray:
-    share = cv2.blur((depth_px > 12.0).astype(np.float32), (224, 224))[COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX]
+    share = cv2.blur((depth_px > 12.0).astype(np.float32), (224, 224))[
+        COARSE_PX // 2 :: COARSE_PX, COARSE_PX // 2 :: COARSE_PX
+    ]
     y, x = np.nonzero(share >= _PATCH_TISSUE)
     return np.stack([x, y], axis=1) * COARSE_PX + COARSE_PX // 2
+
+
+def _keratin(image: np.ndarray) -> np.ndarray:
+    """Horn, which is dark in blue light over wide stretches: it holds no nuclei, and lesions in it would not show."""
+    blue = cv2.GaussianBlur(image[..., 2], (0, 0), _KERATIN_SCALE_PX)
+    return cv2.dilate((blue < _KERATIN_LIGHT).astype(np.uint8), _disc(31)) > 0
 
 
 def _disc(side: int) -> np.ndarray:

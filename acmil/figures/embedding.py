@@ -1,6 +1,7 @@
 """The map of instance features: one point a tile, coloured by attention, label, slide and branch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,12 +9,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from acmil.figures.style import LIGHT_GREY, caption, category_colours, new_figure
+from acmil.figures.style import caption, category_colours, new_figure
 from acmil.overlay import ColourScale, relative_scale
 
 LEGEND_LIMIT = 12
 _PANEL_IN = 4.4
-_FACE = "#F2F2F2"  # so that the pale middle of the attention colours stays visible
+_FACE = "#F2F2F2"
+_ATTENTION_FACE = "#BFBFBF"  # dark enough for the pale middle of the attention colours
+_OTHER_TILES = "#A0A0A0"
 
 
 def umap_figure(
@@ -97,18 +100,19 @@ def umap_slide_figure(
     scale = scale or relative_scale()
     figure = new_figure(6.4, 5.6)
     axes = figure.subplots()
-    _prepare(axes, embedding)
-    axes.scatter(*embedding[~in_slide].T, s=_point_size(len(embedding)), c=LIGHT_GREY, lw=0, rasterized=True)
+    _prepare(axes, embedding, face=_ATTENTION_FACE)
+    _small_points(axes, embedding, ~in_slide, _OTHER_TILES)
     order = np.flatnonzero(in_slide)[np.argsort(relative_attention[in_slide])]
     ringed = attended[order]
     axes.scatter(
-        *embedding[order].T,
+        embedding[order, 0],
+        embedding[order, 1],
         s=36,
         c=scale.colours(relative_attention[order]) / 255,
-        edgecolors=np.where(ringed, "black", "none"),
+        edgecolors=np.where(ringed, "black", "none").tolist(),
         linewidths=1.2,
     )
-    handles = [_dot(LIGHT_GREY, "tiles of other slides"), _dot("white", "attended above the threshold", edge="black")]
+    handles = [_dot(_OTHER_TILES, "tiles of other slides"), _dot("white", "attended above the threshold", edge="black")]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2, fontsize=8, frameon=False)
     _attention_bar(figure, axes, scale)
     axes.set_title(title, fontsize=11)
@@ -117,9 +121,8 @@ def umap_slide_figure(
 
 def _attention_panel(figure: Figure, axes: Axes, embedding: np.ndarray, values: np.ndarray, scale: ColourScale) -> None:
     order = np.argsort(values, kind="stable")  # the few attended tiles on top of the many others
-    _prepare(axes, embedding)
-    colours = scale.colours(np.asarray(values)[order]) / 255
-    axes.scatter(*embedding[order].T, s=_point_size(len(embedding)), c=colours, lw=0, rasterized=True)
+    _prepare(axes, embedding, face=_ATTENTION_FACE)
+    _small_points(axes, embedding, order, scale.colours(np.asarray(values)[order]) / 255)
     axes.set_title("attention", fontsize=10)
     _attention_bar(figure, axes, scale)
 
@@ -138,7 +141,7 @@ def _category_panel(axes: Axes, embedding: np.ndarray, values: list[str], name: 
     order = np.random.default_rng(0).permutation(len(values))  # no category is drawn over the others
     _prepare(axes, embedding)
     points = [colours[values[i]] for i in order]
-    axes.scatter(*embedding[order].T, s=_point_size(len(embedding)), c=points, lw=0, rasterized=True)
+    _small_points(axes, embedding, order, points)
     if len(names) > LEGEND_LIMIT:
         axes.set_title(f"{name} ({len(names)}; colours repeat)", fontsize=10)
         return
@@ -158,13 +161,14 @@ def _dot(colour: str, label: str, *, edge: str = "none") -> Line2D:
     return Line2D([], [], ls="", marker="o", color=colour, markeredgecolor=edge, markersize=6, label=label)
 
 
-def _prepare(axes: Axes, embedding: np.ndarray) -> None:
+def _prepare(axes: Axes, embedding: np.ndarray, *, face: str = _FACE) -> None:
     low, high = embedding.min(axis=0), embedding.max(axis=0)
     margin = 0.05 * np.maximum(high - low, 1e-6)
     axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-    axes.set(xticks=[], yticks=[], facecolor=_FACE)
+    axes.set(xticks=[], yticks=[], facecolor=face)
     axes.spines[:].set_visible(False)
 
 
-def _point_size(points: int) -> float:
-    return float(np.clip(20000 / max(points, 1), 3.0, 25.0))
+def _small_points(axes: Axes, embedding: np.ndarray, rows: np.ndarray, colours: Any) -> None:
+    size = float(np.clip(20000 / max(len(embedding), 1), 3.0, 25.0))
+    axes.scatter(embedding[rows, 0], embedding[rows, 1], s=size, c=colours, lw=0, rasterized=True)

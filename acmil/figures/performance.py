@@ -1,6 +1,7 @@
 """Figures of merit: ROC curves, training curves, attention concentration."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: st
     return figure
 
 
-def _line(i: int) -> dict[str, str]:
+def _line(i: int) -> dict[str, Any]:
     return {"color": CATEGORY_COLOURS[i % 7], "ls": _LINES[(i // 7) % 4]}  # yellow is too faint for a line
 
 
@@ -103,7 +104,8 @@ def _curves_panel(
     axes.set_title(name, fontsize=10)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     if len(curves) > 1:
-        axes.legend(fontsize=7, framealpha=0.7, edgecolor="none", loc="best")
+        axes.margins(y=0.08)
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 
 def concentration_figure(

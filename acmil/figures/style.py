@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 # Okabe & Ito, "Color Universal Design": eight colours told apart with any colour vision; yellow last, faint on white.
 CATEGORY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 GREY = "#666666"
-LIGHT_GREY = "#D9D9D9"
 _CHARACTERS_PER_INCH = 16.0  # of 8-point text, measured generously
 _ROUND = (1.0, 2.0, 2.5, 5.0)
 

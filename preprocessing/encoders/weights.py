@@ -11,7 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+from acmil.preprocessing.encoders.facts import EncoderError
+from acmil.preprocessing.encoders.weight_names import timm_names
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch")
 # Training scripts wrap the model's weights in a dictionary under one of these names.
 _WRAPPERS = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -25,17 +28,14 @@ _EFFICIENTNET_PYTORCH_MARK = "_conv_stem.weight"
 _EFFICIENTNET_PYTORCH_CLASSIFIER = ("_fc.weight", "_fc.bias")
 
 
-class EncoderError(ValueError):
-    """An encoder that cannot be made: the message says what is wrong with its name or its weights."""
-
-
 def load_weights(model: nn.Module, path: Path, *, classifiers: Sequence[str] = ()) -> None:
     """Load the weights of a file into a model.
 
     Args:
         model: The model without its classifier.
-        path: A `.safetensors` file, or a `.pth`, `.pt` or `.bin` file of tensors alone (read with `weights_only=True`):
-            a state dict, or a dictionary that holds one as `state_dict`, `model` or `teacher`.
+        path: A `.safetensors` file, or a `.pth`, `.pt`, `.bin` or `.torch` file of tensors alone (read with
+            `weights_only=True`): a state dict, or a dictionary that holds one as `state_dict`, `model` or `teacher`.
+            A vision transformer's may have the names of timm, of the package transformers or of DINOv2.
         classifiers: Names of the model's classifier layers: their weights in the file are left out.
 
     Raises:
@@ -46,6 +46,7 @@ def load_weights(model: nn.Module, path: Path, *, classifiers: Sequence[str] = (
         weights = _from_efficientnet_pytorch(weights, model.state_dict(), path)
     else:
         heads = tuple(f"{name}." for name in classifiers)
+        weights = timm_names(weights)
         weights = {name: tensor for name, tensor in weights.items() if not (heads and name.startswith(heads))}
     _check_names_and_shapes(weights, model.state_dict(), path)
     model.load_state_dict(weights, strict=True)

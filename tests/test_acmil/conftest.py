@@ -1,5 +1,6 @@
 """A small synthetic cohort of feature files: the positive slides hold a few tiles that the others never have."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,17 @@ def make_cohort(folder: Path, *, n_slides: int = 32, seed: int = 0, **meta: Any)
     table = folder / "cohort.csv"
     table.write_text("\n".join(lines) + "\n")
     return FeatureCohort(table, features, witnesses)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """The command line sends the log to the stderr of its call, which under capture is gone after the test."""
+    root, ours = logging.getLogger(), logging.getLogger("acmil")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

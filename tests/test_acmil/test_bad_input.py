@@ -39,8 +39,16 @@ def preprocess(tmp_path, weights):
     """Run `acmil preprocess` on some inputs; the job folder is tmp_path/job."""
 
     def run(*inputs, **options):
-        flags = {"encoder": "test_efficientnet", "weights": weights, "tile-px": 64, "device": "cpu", "out": tmp_path / "job"} | options
-        return run_command_line(["preprocess", *map(str, inputs), *(part for k, v in flags.items() for part in (f"--{k}", str(v)))])
+        flags = {
+            "encoder": "test_efficientnet",
+            "weights": weights,
+            "tile-px": 64,
+            "device": "cpu",
+            "out": tmp_path / "job",
+        } | options
+        return run_command_line(
+            ["preprocess", *map(str, inputs), *(part for k, v in flags.items() for part in (f"--{k}", str(v)))]
+        )
 
     return run
 
@@ -84,7 +92,11 @@ def test_bad_slides_are_rows_and_the_rest_goes_on(preprocess, tmp_path, capsys):
     assert "3 failed" in capsys.readouterr().out
     rows = rows_of(tmp_path / "job")
     assert {name: row["status"] for name, row in rows.items()} == {
-        "good": "done", "small": "empty", "without_mpp": "failed", "absurd": "failed", "text": "failed",
+        "good": "done",
+        "small": "empty",
+        "without_mpp": "failed",
+        "absurd": "failed",
+        "text": "failed",
     }
     assert int(rows["good"]["tiles"]) > 50
     assert (tmp_path / "job" / "features" / "good.h5").is_file()
@@ -107,7 +119,9 @@ def test_weights_of_the_wrong_shape(preprocess, tmp_path, capsys):
 
 
 def train(table, features, out, *more):
-    return run_command_line(["train", str(table), "--features", str(features), "--out", str(out), "--epochs", "1", "--device", "cpu", *more])
+    return run_command_line(
+        ["train", str(table), "--features", str(features), "--out", str(out), "--epochs", "1", "--device", "cpu", *more]
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +167,15 @@ def test_model_weights_of_the_wrong_shape(trained_run, feature_cohort, tmp_path,
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     save_weights(run / "model.safetensors", create_model("acmil_ga", in_features=24, n_classes=2, hidden_features=8))
-    arguments = ["evaluate", str(run), str(feature_cohort.csv), "--features", str(feature_cohort.features), "--out", str(tmp_path / "out")]
+    arguments = [
+        "evaluate",
+        str(run),
+        str(feature_cohort.csv),
+        "--features",
+        str(feature_cohort.features),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert run_command_line([*arguments, "--device", "cpu"]) == 1
     message = error_of(capsys)
     assert "reduction.weight" in message

@@ -48,7 +48,11 @@ def test_missing_option_says_how_to_give_it():
 
 
 def test_every_preset_loads():
-    assert list_presets() == ["preprocess/demo.yaml", "train/abmil.yaml", "train/acmil_ga.yaml", "train/acmil_mha.yaml"]
+    encoders = ["gigapath", "h_optimus_1", "phikon_v2", "resnet50", "uni", "uni2_h", "virchow2"]
+    assert list_presets() == [
+        *(f"preprocess/{name}.yaml" for name in sorted(["demo", *encoders])),
+        *("train/abmil.yaml", "train/acmil_ga.yaml", "train/acmil_mha.yaml", "train/demo.yaml"),
+    ]
     for name in list_presets():
         model, options = (
             (TrainConfig, REQUIRED) if name.startswith("train/") else (PreprocessConfig, {"slides": ["s"], "out": "o"})

@@ -11,7 +11,8 @@ from acmil.config import DemoConfig, TrainConfig
 from acmil.config_file import load_config
 from acmil.demo.analysis import lesion_localisation, mean_pool_auroc, tile_auroc
 from acmil.demo.page import group_calls
-from acmil.demo.pipeline import POSITIVE, demo
+from acmil.demo.pipeline import demo
+from acmil.demo.planted import POSITIVE
 
 
 class Links(HTMLParser):
@@ -32,9 +33,7 @@ def test_it_leaves_what_it_promises(demo_folder):
     assert summary["n_tiles"] > 12 * 50
     assert 0 <= summary["test_auroc_ci"][0] <= summary["test_auroc"] <= summary["test_auroc_ci"][1] <= 1
     assert 0 <= summary["lesion_tile_auroc"] <= 1
-    assert {"compose", "preprocess", "train acmil_ga", "evaluate", "heatmaps", "umap", "total"} <= set(
-        summary["seconds"]
-    )
+    assert {"compose", "preprocess", "train ACMIL", "evaluate", "heatmaps", "umap", "total"} <= set(summary["seconds"])
     assert summary["device"] == "cpu"
     assert "synthetic" in summary["data"]
     assert "no medical meaning" in summary["data"]
@@ -121,7 +120,7 @@ def test_what_the_default_cohort_must_reach(whole_demo, tmp_path, seed):
     folder = whole_demo.folder
     inputs = {"cohort": folder / "cohort.csv", "features": folder / "job" / "features"}
     summary = train(
-        load_config(TrainConfig, "train/acmil_ga.yaml", **inputs, out=tmp_path / "run", seed=seed, device="cpu")
+        load_config(TrainConfig, "train/demo.yaml", **inputs, out=tmp_path / "run", seed=seed, device="cpu")
     )
     cohort = read_cohort(inputs["cohort"])
     run = load_run(tmp_path / "run", device="cpu")

@@ -112,6 +112,19 @@ def test_interact_shows_once_without_widgets(monkeypatch):
     assert calls == [{"slide": "a", "threshold": 0.5}]
 
 
+def test_controls_call_again_at_each_change(monkeypatch):
+    import IPython.display
+
+    shown, calls = [], []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    exploration.interact(lambda **chosen: calls.append(chosen), slide=["a", "b"], threshold=(0.5, 2.0, 0.5))
+    slide, threshold, _ = shown[0].children
+    assert calls == []
+    slide.value = "b"
+    threshold.value = 1.5
+    assert calls == [{"slide": "b", "threshold": 0.5}, {"slide": "b", "threshold": 1.5}]
+
+
 def test_notebook_runs_and_shows_pictures(small_demo, request, monkeypatch):
     monkeypatch.setenv("ACMIL_DEMO", str(small_demo))
     path = request.config.rootpath / "notebooks" / "heatmap_exploration.ipynb"
