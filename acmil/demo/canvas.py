@@ -8,7 +8,7 @@ import numpy as np
 from acmil.demo.tissue_source import COARSE_PX, PAD_PX, TissuePart
 
 TILE_PX = 224
-MIN_TISSUE = 0.75  # a tile counts as tissue from this share on
+MIN_TISSUE = 0.5  # a tile counts as tissue from this share on, as in configs/preprocess/demo.yaml
 TISSUE_TILES = (56, 82)  # tissue tiles a slide: inside 50 to 90 even if a tissue finder draws the edge differently
 
 _CELLS_PER_TILE = TILE_PX // COARSE_PX

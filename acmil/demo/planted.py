@@ -2,7 +2,8 @@
 
 The texture is real, the disease is not: the cohort tests a pipeline from slide files to attention maps, and has no
 medical meaning. Slides with and without lesions differ in the lesions alone: the same tissue, outline, stain,
-resampling, pasting and compression (see `acmil.demo.lesions` for what a slide without lesions goes through in their place).
+resampling, pasting and compression (see `acmil.demo.lesions` for what a slide without lesions goes through in their
+place).
 """
 
 import csv
@@ -13,6 +14,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DIFFICULTY = 0.2
+DEFAULT_DIFFICULTY = 0.4
 __all__ = ["DEFAULT_DIFFICULTY", "PlantedCohort", "compose_cohort", "plan_cohort", "tile_lesion_fraction"]
 
 SLIDE_MPP = 0.5
@@ -41,7 +43,7 @@ SLIDES_PER_CASE = 2
 
 _MIN_SLIDES = 12
 _SPLIT_SHARES = {"val": 0.15, "test": 0.35}  # of the pairs of cases; the rest trains
-_CELLULARITY_SPREAD = 0.8
+_CELLULARITY_SPREAD = 1.6
 _NOISE_LEVELS = 1.2  # grain of the camera, in levels of 0-255
 _GRAIN_PX = 256
 
@@ -169,7 +171,7 @@ def _composed(
 ) -> Iterator[PlannedSlide]:
     arguments = (source_slide, out, difficulty, seed)
     if workers == 1:
-        composer = _Composer(*arguments)
+        composer = SlideComposer(*arguments)
         for slide in plan:
             composer.compose(slide)
             yield slide
@@ -179,12 +181,12 @@ def _composed(
         yield from pool.map(_compose_in_worker, plan)
 
 
-_worker_composer: "list[_Composer]" = []  # one a process, made by the pool's initializer
+_worker_composer: "list[SlideComposer]" = []  # one a process, made by the pool's initializer
 
 
 def _start_worker(source_slide: Path, out: Path, difficulty: float, seed: int) -> None:
     cv2.setNumThreads(1)  # the processes share the cores already
-    _worker_composer.append(_Composer(source_slide, out, difficulty, seed))
+    _worker_composer.append(SlideComposer(source_slide, out, difficulty, seed))
 
 
 def _compose_in_worker(slide: PlannedSlide) -> PlannedSlide:
@@ -192,21 +194,42 @@ def _compose_in_worker(slide: PlannedSlide) -> PlannedSlide:
     return slide
 
 
-class _Composer:
-    """Draws slides of one cohort, with the source read once."""
+@dataclass(frozen=True)
+class SlideComposer:
+    """Draws slides of one cohort, with the source read once.
 
-    def __init__(self, source_slide: Path, out: Path, difficulty: float, seed: int) -> None:
-        self.out, self.severity, self.seed = out, 1.0 - difficulty, seed
-        source = read_source(source_slide)
-        self.parts: dict[str, TissuePart] = {name: source.part(name) for name in ("train", "test")}
-        self.stamps: dict[str, NucleusStamps] = {name: cut_stamps(part) for name, part in self.parts.items()}
+    Attributes:
+        source_slide: CMU-1-Small-Region.svs.
+        out: Folder of `slides` and `lesions`.
+        difficulty: 0 (plain) to 1 (invisible).
+        seed: The cohort's.
+    """
+
+    source_slide: Path
+    out: Path
+    difficulty: float
+    seed: int
+
+    @cached_property
+    def parts(self) -> dict[str, TissuePart]:
+        """The parts of the source tissue, by what they are for."""
+        source = read_source(self.source_slide)
+        return {name: source.part(name) for name in ("train", "test")}
+
+    @cached_property
+    def stamps(self) -> dict[str, NucleusStamps]:
+        """Single nuclei of each part."""
+        return {name: cut_stamps(part) for name, part in self.parts.items()}
 
     def compose(self, slide: PlannedSlide) -> None:
+        """Draw one slide and write its image and outlines."""
         rng = np.random.default_rng([self.seed, 1, slide.index])
         look = draw_look(self.seed, slide.pair_index, slide.number_in_case)
         name = "test" if slide.split == "test" else "train"
-        severity = self.severity if slide.label == POSITIVE else 0.0
+        severity = 1.0 - self.difficulty if slide.label == POSITIVE else 0.0
         image, plan = compose_slide(self.parts[name], self.stamps[name], look, severity=severity, rng=rng)
+        for folder in ("slides", "lesions"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
         write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP)
         outlines = lesion_outlines(plan) if slide.label == POSITIVE else []
         (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(

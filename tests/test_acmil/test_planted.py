@@ -11,7 +11,8 @@ import openslide
 import pytest
 
 from acmil.cohort import read_cohort
-from acmil.demo.canvas import draw_outline, quilt
+from acmil.config_file import load_config
+from acmil.demo.canvas import MIN_TISSUE, TILE_PX, draw_outline, quilt
 from acmil.demo.lesion_truth import lesion_outlines, outlines_geojson, tile_lesion_fraction
 from acmil.demo.lesions import draw_lesions, lesion_tiles, plan_lesions
 from acmil.demo.nuclei import NucleusStamps, cut_stamps
@@ -19,6 +20,7 @@ from acmil.demo.planted import PlantedCohort, SlideComposer, compose_cohort, pla
 from acmil.demo.pyramid import write_pyramid
 from acmil.demo.stains import DENSITY_TO_STAINS, STAINS
 from acmil.demo.tissue_source import PAD_PX, TissuePart, TissueSource, read_source
+from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.tiling import tile_grid
 from acmil.preprocessing.tissue import find_tissue
@@ -117,10 +119,15 @@ def test_slides_open_with_resolution_and_pyramid(cohort: PlantedCohort) -> None:
             assert slide.properties["openslide.level[0].tile-width"] == "256"
 
 
+def test_the_preset_tiles_as_the_cohort_counts() -> None:
+    preset = load_config(PreprocessConfig, "preprocess/demo.yaml", slides=["s"], out="o")
+    assert (preset.min_tissue, preset.tile_px, preset.tile_mpp) == (MIN_TISSUE, TILE_PX, 0.5)
+
+
 def test_lesions_make_up_three_to_ten_percent_of_the_tiles(cohort: PlantedCohort) -> None:
     for row, path in zip(read_cohort(cohort.cohort_csv).rows, cohort.slides, strict=True):
         with Slide.open(path) as slide:
-            grid = tile_grid(slide, find_tissue(slide), tile_px=224, tile_mpp=0.5)
+            grid = tile_grid(slide, find_tissue(slide), tile_px=224, tile_mpp=0.5, min_tissue=MIN_TISSUE)
         assert grid.tile_level0_px == 224
         assert 50 <= len(grid.coords) <= 90
         share = tile_lesion_fraction(cohort.lesions / f"{row.slide_id}.geojson", grid.coords, 224)
@@ -149,7 +156,7 @@ def test_lesions_keep_the_mean_of_every_stain(part: TissuePart, stamps: NucleusS
     rng = np.random.default_rng(7)
     outline = draw_outline(rng)
     before = quilt(part, outline, rng)
-    plan = plan_lesions(outline, rng)
+    plan = plan_lesions(outline, before, rng)
     assert 0.03 <= lesion_tiles(plan.depth_px, outline).sum() / outline.tissue_tiles.sum() <= 0.10
     after = before.copy()
     draw_lesions(after, plan, stamps, severity=severity, rng=np.random.default_rng(8))
@@ -184,9 +191,10 @@ def test_no_lesions_cover_nothing(tmp_path: Path) -> None:
     assert tile_lesion_fraction(path, np.array([[0, 0]]), 224).tolist() == [0.0]
 
 
-def test_outlines_cover_the_planned_area() -> None:
+def test_outlines_cover_the_planned_area(part: TissuePart) -> None:
     rng = np.random.default_rng(2)
-    plan = plan_lesions(draw_outline(rng), rng)
+    outline = draw_outline(rng)
+    plan = plan_lesions(outline, quilt(part, outline, rng), rng)
     rings = lesion_outlines(plan)
     assert 1 <= len(rings) <= 3
     planned_px2 = (cv2.resize(plan.depth_px, None, fx=16, fy=16, interpolation=cv2.INTER_CUBIC) > 0).sum()
