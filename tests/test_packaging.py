@@ -81,20 +81,11 @@ def test_the_wheel_holds_every_module_preset_and_template(wheel):
 def test_the_wheel_works_in_a_fresh_environment_outside_the_tree(wheel, tmp_path):
     """The environment is fresh; only the dependencies are lent to it, from the one that runs the tests."""
     environment = tmp_path / "environment"
-    venv.create(environment, with_pip=False, symlinks=True)
+    venv.create(environment, with_pip=True, symlinks=True)
     python = environment / "bin" / "python"
-    site = Path(
-        subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    )
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", str(environment), str(wheel)],
-        check=True,
-    )
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    question = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(question, capture_output=True, text=True, check=True).stdout.strip())
     (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shown = subprocess.run(
         [python, "-W", "ignore", "-c", IMPORT_EVERYTHING], cwd=tmp_path, capture_output=True, text=True, check=False
