@@ -17,7 +17,6 @@ _N_SHAPES = 5
 _FEATHER_PX = 12.0
 _FRAME_CELLS = 9.0
 _MAX_PATCHES = 400
-_GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator, *, cellu
     height, width = (side * COARSE_PX for side in outline.depth_px.shape)
     density = np.zeros((height + 2 * PAD_PX, width + 2 * PAD_PX, 3), np.float32)
     open_cells = outline.depth_px > -2 * COARSE_PX
-    centres = _evenly_drawn_centres(part, cellularity, rng)
+    odds = np.exp(cellularity * part.cellularity)
+    centres = part.centres[rng.choice(len(odds), size=_MAX_PATCHES, p=odds / odds.sum())]
     shapes = [_patch_shape(rng) for _ in range(_N_SHAPES)]
     for centre in centres:
         y, x = np.nonzero(open_cells)
@@ -135,18 +135,6 @@ def quilt(part: TissuePart, outline: Outline, rng: np.random.Generator, *, cellu
         _lay(density, patch, opacity, cell)
         _close_cells(open_cells, opacity, cell)
     return density[PAD_PX : PAD_PX + height, PAD_PX : PAD_PX + width]
-
-
-def _evenly_drawn_centres(part: TissuePart, cellularity: float, rng: np.random.Generator) -> np.ndarray:
-    """Patch centres (`_MAX_PATCHES`, 2) whose cellularity follows the preference closely, however few are used.
-
-    Drawn independently, some slides would by chance hold twice the epidermis of others. Steps of the golden ratio fill
-    the distribution evenly instead.
-    """
-    order = part.cellularity.argsort(kind="stable")
-    cumulative = np.exp(cellularity * part.cellularity[order]).cumsum()
-    steps = (rng.random() + _GOLDEN_RATIO * np.arange(_MAX_PATCHES) + rng.uniform(0.0, 0.02, _MAX_PATCHES)) % 1.0
-    return part.centres[order[np.searchsorted(cumulative, steps * cumulative[-1], side="right")]]
 
 
 def _patch_shape(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

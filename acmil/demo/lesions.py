@@ -16,7 +16,7 @@ from acmil.demo.nuclei import STAMP_PX, NucleusStamps, find_nuclei
 from acmil.demo.stains import haematoxylin_amount
 from acmil.demo.tissue_source import COARSE_PX
 
-LESION_TILE_SHARES = (0.045, 0.09)  # lesion tiles among tissue tiles; one more or less is still within 3 to 10 %
+LESION_TILE_SHARES = (0.04, 0.06)  # lesion tiles among tissue tiles; one more or less is still within 3 to 10 %
 LESION_TILE_FRACTION = 0.5  # a tile counts as lesion when the lesions cover at least half of it
 
 _MAX_LESIONS = 3
@@ -94,8 +94,9 @@ def _place(
         along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         waves = 0.22 * radius_px * smooth_noise(rng, shape, 5.0)
         blob = radius_px - np.hypot(along * stretch, across / stretch) + waves
-        _, pieces = cv2.connectedComponents((blob > 0).astype(np.uint8), connectivity=4)
-        inside |= (pieces == pieces[row, column]) & (blob > 0)  # the noise may leave islands
+        drawn = (blob > 0) & (outline.depth_px > 0)  # no lesion on glass
+        _, pieces = cv2.connectedComponents(drawn.astype(np.uint8), connectivity=4)
+        inside |= (pieces == pieces[row, column]) & drawn  # the noise and the outline may leave islands
         room = np.minimum(room, np.hypot(dx, dy) - 1.6 * radius_px - 32.0)
     return _signed_depth(inside)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DIFFICULTY = 0.4
+DEFAULT_DIFFICULTY = 0.5
 __all__ = ["DEFAULT_DIFFICULTY", "PlantedCohort", "compose_cohort", "plan_cohort", "tile_lesion_fraction"]
 
 SLIDE_MPP = 0.5
@@ -43,7 +43,7 @@ SLIDES_PER_CASE = 2
 
 _MIN_SLIDES = 12
 _SPLIT_SHARES = {"val": 0.15, "test": 0.35}  # of the pairs of cases; the rest trains
-_CELLULARITY_SPREAD = 1.6
+_CELLULARITY_SPREAD = 2.0
 _NOISE_LEVELS = 1.2  # grain of the camera, in levels of 0-255
 _GRAIN_PX = 256
 

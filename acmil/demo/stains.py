@@ -75,7 +75,7 @@ def draw_stain_jitter(case_rng: np.random.Generator, slide_rng: np.random.Genera
     shared, own = case_rng.normal(size=6), slide_rng.normal(size=6)
     step = np.clip(0.6 * shared + 0.8 * own, -2.0, 2.0)  # (6,), variance 1 before the cut
     return StainJitter(
-        gain=np.exp(step[:3] * (0.18, 0.18, 0.12)),
-        offset=step[3:] * (0.025, 0.03, 0.005),
+        gain=np.exp(step[:3] * (0.23, 0.23, 0.15)),
+        offset=step[3:] * (0.03, 0.04, 0.006),
         glass=np.array([244.0, 243.0, 242.0]) + slide_rng.uniform(-4.0, 4.0) + slide_rng.uniform(-1.5, 1.5, size=3),
     )

@@ -202,6 +202,15 @@ def test_outlines_cover_the_planned_area(part: TissuePart) -> None:
     assert traced_px2 == pytest.approx(planned_px2, rel=0.03)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_lesions_lie_in_tissue(part: TissuePart, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    outline = draw_outline(rng)
+    plan = plan_lesions(outline, quilt(part, outline, rng), rng)
+    assert (plan.depth_px > 0).sum() > 0
+    assert outline.depth_px[plan.depth_px > 0].min() > -16.0  # px: rounded corners, no more
+
+
 def test_stains_are_a_basis() -> None:
     np.testing.assert_allclose(STAINS @ DENSITY_TO_STAINS, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(np.linalg.norm(STAINS, axis=1), 1.0)
