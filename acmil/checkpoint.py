@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from acmil.preprocessing.atomic import replacing
 
+if TYPE_CHECKING:
+    from acmil.models import MILModel
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -19,7 +22,7 @@ class WeightsError(ValueError):
     """Weights or a training state that cannot be read, or do not fit the model."""
 
 
-def save_weights(path: Path | str, model: nn.Module) -> None:
+def save_weights(path: Path | str, model: "nn.Module | MILModel") -> None:
     """Write a model's weights as safetensors, through a temporary file in the same folder.
 
     Args:

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from acmil.models import defaults
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positional = {"positional": True}  # read by the command line: the field is an argument as well as an option
+Positional: JsonDict = {"positional": True}  # read by the command line: the field is an argument as well as an option
 
 _DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 _FORCE = "Go on although encoder or resolution of the features differ from the model's."
@@ -101,6 +102,7 @@ class HeatmapConfig(_Options):
     outlines: Path | None = Field(
         None, description="Folder of GeoJSON outlines (slide_id.geojson) to draw on the maps."
     )
+    outline_label: str = Field("outline", description="What the outlines are, for the legend.")
     thumbnail_mpp: float = Field(
         4.0, gt=0, description="Resolution of the picture in µm per pixel; coarser for slides too large for it."
     )

@@ -63,7 +63,7 @@ def read_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def load_config(model: type[Model], file: str | Path | None = None, **options: Any) -> Model:
+def load_config(model: type[Model], file: str | Path | None = None, /, **options: Any) -> Model:
     """Build a config: explicit options win over the file, the file over the defaults.
 
     Args:

@@ -117,9 +117,12 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
         The PNG files, in the order of the slides.
 
     Raises:
-        HeatmapError: If two slides share a name, or, after all others are written, if some slides failed.
+        HeatmapError: If two slides share a name, there is no such folder of outlines, or, after all others are written,
+            if some slides failed.
     """
     _check_names(config.slides)
+    if config.outlines is not None and not config.outlines.is_dir():
+        raise HeatmapError(f"outlines must be a folder of GeoJSON files, found none ({config.outlines}).")
     run = load_run(config.run, device=config.device)
     config.out.mkdir(parents=True, exist_ok=True)
     progress = progress or SilentProgress()
@@ -137,7 +140,8 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
     progress.end()
     if failures:
         count = f"{len(failures)} of {len(config.slides)} slides got no attention map"
-        raise HeatmapError(f"{count}; the others are in {config.out}.\n" + "\n".join(f"  {line}" for line in failures))
+        rest = f"; the others are in {config.out}" if written else ""
+        raise HeatmapError(f"{count}{rest}.\n" + "\n".join(f"  {line}" for line in failures))
     return written
 
 
@@ -165,9 +169,11 @@ def read_slide_attention(
         The slide with its attention.
 
     Raises:
-        HeatmapError: If there are no features, or they were made from a slide of another size.
+        HeatmapError: If there is no such slide, or no features of it, or they were made from a slide of another size.
         RunError: If the features do not fit the model.
     """
+    if not slide_path.exists():  # said before its features are asked for, which a misspelt name has none of
+        raise HeatmapError(f"slide file must exist, found none ({slide_path}).")
     feature_path = feature_dir / f"{slide_path.stem}{SUFFIX}"
     if not feature_path.is_file():
         raise HeatmapError(
@@ -265,6 +271,7 @@ def _write_maps(config: "HeatmapConfig", run: Run, path: Path) -> Path:
         scale=scale,
         opacity=config.opacity,
         outlines=_outlines_of(config.outlines, slide.slide_id),
+        outline_label=config.outline_label,
         note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles.",
     )
     table = slide.table()

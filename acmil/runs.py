@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
-_WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
 _RESOLUTION_TOLERANCE = 0.02
+_DESCRIPTION = ("model", "options", "classes", "encoder", "encoder_digest", "tile_px", "tile_mpp")  # of model.json
 
 
 class RunError(ValueError):
@@ -153,7 +152,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
     """Read a run folder back.
 
     Raises:
-        RunError: If it is not a finished run folder.
+        RunError: If it is not a finished run folder, or its model.json is damaged.
         WeightsError: If the weights do not fit the model that `model.json` describes.
     """
     folder = Path(folder)
@@ -164,7 +163,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
             else "Give the --out folder of `acmil train`."
         )
         raise RunError(f"{folder} is not a finished run folder (it needs model.json and model.safetensors). {hint}")
-    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    description = _read_description(folder / "model.json")
     model = create_model(description["model"], **description["options"])
     load_weights(folder / "model.safetensors", model)
     with (folder / "splits.csv").open(newline="", encoding="utf-8") as file:
@@ -182,6 +181,17 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         case_splits={row["case_id"]: row["split"] for row in rows},
         device=chosen,
     )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: not valid JSON ({error}). Copy the run again.") from error
+    missing = [name for name in _DESCRIPTION if name not in description]
+    if missing:
+        raise RunError(f"{path} must hold {', '.join(_DESCRIPTION)}, missing {', '.join(missing)}. Copy the run again.")
+    return description
 
 
 def write_predictions(path: Path, rows: Sequence[CohortRow], probabilities: np.ndarray, classes: Sequence[str]) -> None:

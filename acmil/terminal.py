@@ -47,7 +47,8 @@ class TerminalProgress:
         )
         self._lines = not quiet
         self._task: TaskID | None = None
-        self._title, self._total, self._done, self._shown = "", None, 0, 0.0
+        self._total: int | None = None
+        self._title, self._done, self._shown = "", 0, 0.0
 
     def __enter__(self) -> "TerminalProgress":
         if self._bars is not None:

@@ -13,7 +13,7 @@ import yaml
 from acmil import environment
 from acmil.bags import BagDataset
 from acmil.checkpoint import load_state, save_state, save_weights
-from acmil.cohort import Cohort, CohortRow, read_cohort
+from acmil.cohort import SPLITS, Cohort, CohortRow, read_cohort
 from acmil.json_file import write_json
 from acmil.metrics import classification_metrics, describe_metrics, metrics_with_intervals
 from acmil.models import MILModel, create_model
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 _WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
 
 
@@ -169,7 +168,7 @@ def _resume(config: "TrainConfig", cohort: Cohort) -> dict[str, Any] | None:
     """The state of an unfinished run of the same options in the run folder, if there is one."""
     if not (config.out / "config.yaml").is_file():
         return None
-    before = yaml.safe_load((config.out / "config.yaml").read_text(encoding="utf-8"))["options"]
+    before = _options_of(config.out / "config.yaml")
     now = config.model_dump(mode="json")
     changed = [
         f"{key}: {before.get(key)} → {now[key]}"
@@ -191,6 +190,18 @@ def _resume(config: "TrainConfig", cohort: Cohort) -> dict[str, Any] | None:
     return state
 
 
+def _options_of(path: Path) -> dict[str, Any]:
+    """The options in the config.yaml of a run folder; other commands' folders have a file of that name as well."""
+    try:
+        description = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RunError(f"{path} is damaged: not valid YAML. Give another --out, or delete that folder.") from error
+    options = description.get("options") if isinstance(description, dict) else None
+    if not isinstance(options, dict) or "cohort" not in options:
+        raise RunError(f"--out must be a folder of its own, {path} is not that of a training run. Give another --out.")
+    return options
+
+
 def _write_inputs(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     description = {"options": config.model_dump(mode="json"), **environment.describe()}
@@ -199,7 +210,7 @@ def _write_inputs(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> No
 
 
 def _write_results(
-    config: "TrainConfig", cohort: Cohort, bags: Mapping[str, BagDataset], model: torch.nn.Module, result: FitResult
+    config: "TrainConfig", cohort: Cohort, bags: Mapping[str, BagDataset], model: MILModel, result: FitResult
 ) -> dict[str, Any]:
     """Weights, model.json, predictions of every split, metrics of val and test, all of the selected epoch."""
     model.load_state_dict(result.last_weights)

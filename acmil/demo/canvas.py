@@ -205,7 +205,7 @@ def edge_opacity(outline: Outline, density: np.ndarray, rng: np.random.Generator
         Float32 (h, w) in 0-1.
     """
     height, width = density.shape[:2]
-    depth = cv2.resize(outline.depth_px, (width, height), interpolation=cv2.INTER_CUBIC)
+    depth: np.ndarray = cv2.resize(outline.depth_px, (width, height), interpolation=cv2.INTER_CUBIC)
     fibres = cv2.GaussianBlur(density[..., 1], (0, 0), 2.0)
     depth += 14.0 * smooth_noise(rng, (height, width), 24.0) + 5.0 * smooth_noise(rng, (height, width), 5.0)
     depth += 40.0 * np.minimum(fibres - 0.45, 0.4)  # gaps open towards the glass, fibres reach out into it

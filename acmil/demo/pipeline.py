@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,7 +78,7 @@ class _Demo:
         self.stage("compose", lambda: self.compose(source))
         job = self.stage("preprocess", lambda: self.preprocess([self.out / "slides"], self.out / "job", weights))
         for name, (folder, preset) in RUNS.items():
-            self.stage(f"train {name}", lambda folder=folder, preset=preset: self.train(folder, preset))
+            self.stage(f"train {name}", partial(self.train, folder, preset))
         cohort = read_cohort(self.out / "cohort.csv")
         values = self.stage("evaluate", lambda: self.evaluate(cohort))
         test = [self.out / "slides" / f"{row.slide_id}.tif" for row in cohort.rows if row.split == "test"]
@@ -122,9 +123,9 @@ class _Demo:
         return summary
 
     def train(self, folder: str, preset: str) -> None:
-        options = {"cohort": self.out / "cohort.csv", "features": self.features, "out": self.out / folder}
-        options |= {"epochs": self.config.epochs, "seed": self.config.seed, "device": self.config.device}
-        train(load_config(TrainConfig, f"train/{preset}.yaml", **options), progress=self.progress)
+        options = self.inputs() | {"epochs": self.config.epochs, "seed": self.config.seed}
+        config = load_config(TrainConfig, f"train/{preset}.yaml", **options, out=self.out / folder)
+        train(config, progress=self.progress)
 
     def evaluate(self, cohort: Cohort) -> dict[str, Any]:
         """Figures of merit of both models and of mean pooling, and attention against the planted outlines."""
@@ -159,9 +160,18 @@ class _Demo:
         return {"cohort": self.out / "cohort.csv", "features": self.features, "device": self.config.device}
 
     def heatmaps(self, slides: list[Path], features: Path, out: Path, outlines: Path | None = None) -> None:
-        options = {"run": self.out / "run", "slides": slides, "features": features, "out": out, "outlines": outlines}
-        options |= {"thumbnail_mpp": 2.0}  # the slides are small
-        heatmaps(HeatmapConfig(**options, device=self.config.device), progress=self.progress)
+        config = load_config(
+            HeatmapConfig,
+            run=self.out / "run",
+            slides=slides,
+            features=features,
+            out=out,
+            outlines=outlines,
+            outline_label="planted lesion",
+            thumbnail_mpp=2.0,  # the slides are small
+            device=self.config.device,
+        )
+        heatmaps(config, progress=self.progress)
 
     def umap(self) -> None:
         umap(UmapConfig(run=self.out / "run", out=self.out / "umap", **self.inputs()), progress=self.progress)

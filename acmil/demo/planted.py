@@ -286,7 +286,7 @@ def compose_slide(
 
 def _photograph(density: np.ndarray, opacity: np.ndarray, jitter: StainJitter, rng: np.random.Generator) -> np.ndarray:
     """Light through stained tissue on glass, with a little grain: uint8 (h, w, 3)."""
-    stained = cv2.transform(density, np.ascontiguousarray(jitter.density_map().T))
+    stained: np.ndarray = cv2.transform(density, np.ascontiguousarray(jitter.density_map().T))
     stained += jitter.density_offset()
     stained *= -opacity[..., None]
     np.exp(stained, out=stained)

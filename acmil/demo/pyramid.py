@@ -9,7 +9,8 @@ Reference:
 
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-_TILE_PX = 256
+TILE_PX = 256
 _MIN_LEVEL_PX = 512  # the pyramid ends before a side falls below this
 _UM_PER_CM = 10_000.0
 _SHORT, _LONG, _RATIONAL, _ASCII = 3, 4, 5, 2
@@ -25,6 +26,23 @@ _FORMATS = {_SHORT: "H", _LONG: "I", _ASCII: "B"}
 _JPEG, _YCBCR, _CENTIMETRE = 7, 6, 3
 
 _Tag = tuple[int, int, Sequence[int]]  # number, type, values
+
+
+@dataclass(frozen=True)
+class TiledLevel:
+    """One level of a pyramid, its tiles already compressed.
+
+    Attributes:
+        width: In px.
+        height: In px.
+        downsample: Level-0 px per px of this level.
+        tiles: JPEG files of `TILE_PX` squares in reading order, those at the right and lower edge whole too.
+    """
+
+    width: int
+    height: int
+    downsample: int
+    tiles: Iterable[bytes]
 
 
 def write_pyramid(path: Path, image: np.ndarray, *, mpp: float, quality: int = 85) -> None:
@@ -39,15 +57,41 @@ def write_pyramid(path: Path, image: np.ndarray, *, mpp: float, quality: int = 8
         mpp: Level-0 resolution in µm/px.
         quality: JPEG quality, 1 to 95.
     """
+    levels = (
+        TiledLevel(pixels.shape[1], pixels.shape[0], 2**level, _jpeg_tiles(pixels, quality))
+        for level, pixels in enumerate(_levels(image))
+    )
+    write_levels(path, levels, mpp=mpp)
+
+
+def write_levels(path: Path, levels: Iterable[TiledLevel], *, mpp: float) -> None:
+    """Write levels of compressed tiles as a pyramidal TIFF; equal tiles are stored once.
+
+    Args:
+        path: File to write, below 4 GiB.
+        levels: From the finest on.
+        mpp: Level-0 resolution in µm/px.
+    """
+    places: dict[bytes, int] = {}
     with path.open("wb") as file:
         file.write(struct.pack("<2sHI", b"II", 42, 0))  # the offset of the first directory comes when it is known
         link = 4  # where the next directory's offset has to be written
-        for level, pixels in enumerate(_levels(image)):
+        for level in levels:
             offsets, sizes = [], []
-            for tile in _jpeg_tiles(pixels, quality):
-                offsets.append(file.tell())
-                sizes.append(file.write(tile))
-            link = _write_directory(file, _tags(pixels, level, mpp * 2**level, offsets, sizes), link)
+            for tile in level.tiles:
+                if tile not in places:
+                    places[tile] = file.tell()
+                    file.write(tile)
+                offsets.append(places[tile])
+                sizes.append(len(tile))
+            link = _write_directory(file, _tags(level, mpp * level.downsample, offsets, sizes), link)
+
+
+def jpeg_tile(tile: np.ndarray, quality: int = 85) -> bytes:
+    """Compress one tile, RGB uint8 (h, w, 3), as the pyramid wants it."""
+    buffer = io.BytesIO()
+    Image.fromarray(tile).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
 
 
 def _levels(image: np.ndarray) -> Iterator[np.ndarray]:
@@ -61,21 +105,18 @@ def _levels(image: np.ndarray) -> Iterator[np.ndarray]:
 def _jpeg_tiles(image: np.ndarray, quality: int) -> Iterator[bytes]:
     """JPEG files of the tiles in reading order; tiles that hang over are filled with the edge's pixels."""
     height, width = image.shape[:2]
-    padded = cv2.copyMakeBorder(image, 0, -height % _TILE_PX, 0, -width % _TILE_PX, cv2.BORDER_REPLICATE)
-    for top in range(0, height, _TILE_PX):
-        for left in range(0, width, _TILE_PX):
-            buffer = io.BytesIO()
-            tile = padded[top : top + _TILE_PX, left : left + _TILE_PX]
-            Image.fromarray(tile).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-            yield buffer.getvalue()
+    padded = cv2.copyMakeBorder(image, 0, -height % TILE_PX, 0, -width % TILE_PX, cv2.BORDER_REPLICATE)
+    for top in range(0, height, TILE_PX):
+        for left in range(0, width, TILE_PX):
+            yield jpeg_tile(padded[top : top + TILE_PX, left : left + TILE_PX], quality)
 
 
-def _tags(pixels: np.ndarray, level: int, mpp: float, offsets: Sequence[int], sizes: Sequence[int]) -> list[_Tag]:
+def _tags(level: TiledLevel, mpp: float, offsets: Sequence[int], sizes: Sequence[int]) -> list[_Tag]:
     resolution = (round(_UM_PER_CM / mpp * 1000), 1000)  # px per cm as a fraction
     return [
-        (254, _LONG, [0 if level == 0 else 1]),  # NewSubfileType: 1 is a reduced image
-        (256, _LONG, [pixels.shape[1]]),
-        (257, _LONG, [pixels.shape[0]]),
+        (254, _LONG, [0 if level.downsample == 1 else 1]),  # NewSubfileType: 1 is a reduced image
+        (256, _LONG, [level.width]),
+        (257, _LONG, [level.height]),
         (258, _SHORT, [8, 8, 8]),  # BitsPerSample
         (259, _SHORT, [_JPEG]),
         (262, _SHORT, [_YCBCR]),
@@ -85,8 +126,8 @@ def _tags(pixels: np.ndarray, level: int, mpp: float, offsets: Sequence[int], si
         (284, _SHORT, [1]),  # PlanarConfiguration: interleaved
         (296, _SHORT, [_CENTIMETRE]),
         (305, _ASCII, b"acmil\0"),  # Software
-        (322, _LONG, [_TILE_PX]),
-        (323, _LONG, [_TILE_PX]),
+        (322, _LONG, [TILE_PX]),
+        (323, _LONG, [TILE_PX]),
         (324, _LONG, offsets),
         (325, _LONG, sizes),
         (530, _SHORT, [2, 2]),  # YCbCrSubSampling

@@ -52,7 +52,7 @@ _PANELS = (
 
 
 def training_curves_figure(
-    history: Mapping[str, Sequence[float]], *, selected_epoch: int | None = None, title: str = "training"
+    history: Mapping[str, Sequence[float] | np.ndarray], *, selected_epoch: int | None = None, title: str = "training"
 ) -> Figure:
     """Draw the columns of a run's history against the epoch: losses, metrics, attention, learning rate.
 
@@ -84,7 +84,7 @@ def training_curves_figure(
     return figure
 
 
-def _is_curve(name: str, values: Sequence[float]) -> bool:
+def _is_curve(name: str, values: Sequence[float] | np.ndarray) -> bool:
     kind = np.asarray(values).dtype.kind
     return name not in ("epoch", "seconds", "step") and kind in "fiu" and bool(np.isfinite(values).any())
 

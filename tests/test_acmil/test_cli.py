@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from acmil.cli import run_command_line
+from acmil.config import DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
+from acmil.preprocessing.config import PreprocessConfig
 
 HELP = """
 import sys
@@ -73,6 +75,32 @@ def test_failing_input_exits_1_and_debug_shows_the_traceback(capsys, tmp_path):
     assert "Traceback" not in error
     assert run_command_line([*arguments, "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "config"),
+    [
+        ("demo", "acmil.demo.pipeline.demo", DemoConfig(device="cpu")),
+        ("preprocess", "acmil.preprocessing.job.preprocess", PreprocessConfig(slides=["s"], out="o", encoder="e")),
+        ("train", "acmil.training_run.train", TrainConfig(cohort="c", features="f", out="o")),
+        ("evaluate", "acmil.evaluation.evaluate", EvaluateConfig(run="r", cohort="c", features="f", out="o")),
+        ("heatmap", "acmil.heatmaps.heatmaps", HeatmapConfig(run="r", slides=["s"], features="f", out="o")),
+        ("umap", "acmil.projection.umap", UmapConfig(run="r", cohort="c", features="f", out="o")),
+    ],
+)
+def test_every_option_reaches_its_command(monkeypatch, command, target, config):
+    """Each option given once as a flag gives the config back: none is lost, renamed or taken for something else."""
+    arguments = [command, "--quiet"]
+    for name, value in config.model_dump(mode="json").items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [flag] if value else ["--no-" + flag[2:]]
+        elif value is not None:
+            arguments += [flag, *map(str, value if isinstance(value, list) else [value])]
+    received = []
+    monkeypatch.setattr(target, lambda config, *, progress: received.append(config))
+    assert run_command_line(arguments) == 0
+    assert received == [config]
 
 
 def test_config_file_is_read_and_flags_win(capsys, tmp_path):

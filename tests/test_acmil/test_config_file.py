@@ -42,6 +42,10 @@ def test_values_that_are_not_allowed(tmp_path, text, message):
         load_config(TrainConfig, file, **REQUIRED)
 
 
+def test_an_option_may_be_called_as_a_parameter_of_the_loader():
+    assert load_config(TrainConfig, None, **REQUIRED, model="acmil_mha").model == "acmil_mha"
+
+
 def test_missing_option_says_how_to_give_it():
     with pytest.raises(ConfigError, match=r"features is missing\. Give --features, or set 'features:'"):
         load_config(TrainConfig, cohort="c.csv", out="o")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_features_of_another_encoder_or_resolution_are_refused_unless_forced(tra
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(RunError, match="not a finished run folder"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("{}", "missing model, options"), ("[]", "missing model, options")]
+)
+def test_a_damaged_description_of_the_model_is_named(trained_run, tmp_path, text, message):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    (run / "model.json").write_text(text)
+    with pytest.raises(RunError, match=rf"model\.json.*{message}"):
+        load_run(run, device="cpu")
 
 
 def test_prediction_is_the_models_own(trained_run, feature_cohort):

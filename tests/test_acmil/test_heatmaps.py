@@ -74,17 +74,19 @@ def test_a_failing_slide_does_not_cost_the_others(config, slides, feature_cohort
     larger = _write_slide(tmp_path / "larger", feature_cohort.features, "s000", extra_px=64)
     unknown = tmp_path / "unknown.tif"
     unknown.write_bytes(b"no slide")
+    absent = tmp_path / "s002.tif"
     broken = tmp_path / "s001.tif"
     broken.write_bytes(b"no slide")
     with caplog.at_level(logging.WARNING), pytest.raises(HeatmapError) as caught:
-        heatmaps(config([larger, slides["s014"], unknown, broken, slides["s015"]]))
+        heatmaps(config([larger, slides["s014"], unknown, absent, broken, slides["s015"]]))
     message = str(caught.value)
-    assert message.startswith("3 of 5 slides got no attention map")
+    assert message.startswith("4 of 6 slides got no attention map")
     assert "must have the size its features were made from" in message
     assert "no features of slide 'unknown'" in message
     assert "s001.tif" in message
+    assert f"slide file must exist, found none ({absent})" in message
     assert {path.name for path in (tmp_path / "maps").glob("*.png")} == {"s014.png", "s015.png"}
-    assert sum("no attention map of" in record.message for record in caplog.records) == 3
+    assert sum("no attention map of" in record.message for record in caplog.records) == 4
 
 
 def test_a_tile_reaches_its_own_pixels(trained_run, feature_cohort, slides):
@@ -140,12 +142,16 @@ def test_branch_scale_and_outlines_reach_the_picture(config, slides, tmp_path, m
     monkeypatch.setattr(acmil.figures, "heatmap_figure", spy)
     ring = [[0, 0], [224, 0], [224, 224], [0, 0]]
     (tmp_path / "s014.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
-    heatmaps(config([slides["s014"]], branch="1", scale="percentile", outlines=tmp_path, opacity=0.3))
+    options = {"branch": "1", "scale": "percentile", "opacity": 0.3}
+    heatmaps(config([slides["s014"]], outlines=tmp_path, outline_label="planted lesion", **options))
     assert "branch 1 of 0 to 4" in drawn["note"]
     assert drawn["scale"].label == "percentile of attention within this slide"
     assert drawn["opacity"] == 0.3
+    assert drawn["outline_label"] == "planted lesion"
     np.testing.assert_array_equal(drawn["outlines"][0][0], ring)
     assert np.nanmax(drawn["raster"]) > 90
+    with pytest.raises(HeatmapError, match="outlines must be a folder of GeoJSON files, found none"):
+        heatmaps(config([slides["s014"]], outlines=tmp_path / "absent"))
     with pytest.raises(HeatmapError, match="branch must be 'mean' or a number from 0 to 4, got '7'"):
         heatmaps(config([slides["s014"]], branch="7"))
 

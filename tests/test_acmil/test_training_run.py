@@ -146,6 +146,17 @@ def test_a_folder_of_other_options_is_refused_with_the_differences(trained_run, 
         train(options(feature_cohort, trained_run, learning_rate=1e-3))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{[", "not valid YAML"), ("options: {tile_px: 256}\n", "not that of a training run"), ("", "not that of")],
+)
+def test_a_folder_of_something_else_is_refused(feature_cohort, tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match=message):
+        train(options(feature_cohort, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_cohort_that_changed_under_the_run_is_refused(feature_cohort, tmp_path):
     table = tmp_path / "cohort.csv"
     table.write_bytes(feature_cohort.csv.read_bytes())
