@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from acmil.preprocessing.process_name import has_ended, process_name
+
 TEMPORARY_SUFFIX = ".tmp"
+_OLD_SECONDS = 3600.0  # no file here takes that long to write
 
 
 @contextmanager
@@ -19,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
         The temporary path, in the same folder, hidden (leading dot) and ending in `.tmp`. If the block raises, what
         was written there is removed and `path` is left as it was.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    temporary = path.parent / f".{path.name}.{process_name()}{TEMPORARY_SUFFIX}"
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -44,9 +47,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    """Remove the temporary files that a killed process left in `folder`; others may be writing theirs there now."""
+    leftovers = list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    if not leftovers:
+        return
+    probe = folder / f".clock.{process_name()}{TEMPORARY_SUFFIX}"
+    probe.touch()
+    now_seconds = probe.stat().st_mtime  # by the clock of the file system, which may be another machine's
+    probe.unlink()
+    for leftover in leftovers:
+        if has_ended(_writer(leftover)) or _is_old(leftover, now_seconds):
+            leftover.unlink(missing_ok=True)
+
+
+def _writer(temporary: Path) -> str:
+    return temporary.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[2]
+
+
+def _is_old(path: Path, now_seconds: float) -> bool:
+    try:
+        return now_seconds - path.stat().st_mtime > _OLD_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -42,11 +42,29 @@ class PreprocessConfig(BaseModel):
     tissue_mpp: float = Field(
         8.0, ge=0.5, le=128, description="Resolution of the thumbnail that tissue is found on, in µm/px."
     )
+    tissue: Literal["brightfield", "dark"] = Field(
+        "brightfield",
+        description="What tissue looks like: brightfield: stained, on glass; dark: brighter than the background.",
+    )
+    remove_ink: bool = Field(
+        True, description="Take pen ink out of the tissue; turn off for blue stains such as trichrome."
+    )
+    tissue_from: Path | None = Field(
+        None,
+        description="Folder of <slide_id>.geojson, as a job writes and QuPath edits them, to use in place of finding.",
+    )
+    reader: Literal["auto", "openslide", "pillow", "cucim"] = Field(
+        "auto",
+        description="Library that reads slides: auto takes OpenSlide, and Pillow for plain images; cucim is an extra.",
+    )
     workers: int | None = Field(None, ge=1, le=256, description="Threads that read slides; by default one a core.")
     batch_size: int = Field(64, ge=1, le=65536, description="Tiles that the encoder gets at a time.")
     device: Device = Field("auto", description="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="How the encoder computes: auto takes bf16 where the hardware has it."
+    )
+    compile: bool = Field(
+        False, description="Have torch.compile make faster code of the encoder: minutes at the start, for large jobs."
     )
     feature_dtype: Literal["float16", "float32"] = Field("float16", description="Type of the features on disk.")
     previews: bool = Field(True, description="Write a picture of each slide's tissue and tiles.")

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from acmil.preprocessing.encoders import Encoder, EncoderError
+from acmil.preprocessing.batch_encoder import BatchEncoder, PendingFeatures
+from acmil.preprocessing.encoders import Encoder
 from acmil.preprocessing.feature_file import FeatureMeta, write_feature_file
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.stream import SlideFailure, StreamEvent, TileBatch
@@ -34,7 +35,7 @@ class EmbeddedSlide:
 
     Attributes:
         prepared: The slide and its tiles.
-        features: (N, D) float16 or float32, in the order of the tiles; (0, D) for a slide without tiles.
+        features: (N, D) float16 or float32, in the order of the tiles; (0, 0) for a slide without tiles.
         seconds: What it took.
     """
 
@@ -46,43 +47,45 @@ class EmbeddedSlide:
 @dataclass
 class _Partial:
     features: np.ndarray  # (N, D), filled from the front
-    n_filled: int = 0
     read_seconds: float = 0.0
     embed_seconds: float = 0.0
 
 
 def embed(
     events: Iterable[StreamEvent],
-    encoder: Encoder,
+    encoder: BatchEncoder,
     *,
-    feature_dtype: str,
     on_batch: Callable[[TileBatch], None] = lambda batch: None,
 ) -> Iterator[EmbeddedSlide | SlideFailure]:
     """Compute the features of a stream of tiles, slide by slide.
 
+    A batch's features are asked for when the next batch is on its way, so that a GPU is never without one.
+
     Args:
         events: The stream.
         encoder: The network.
-        feature_dtype: "float16" or "float32": type of the features returned.
         on_batch: Called after each batch.
 
     Yields:
         Each slide once all of its tiles are embedded, or its failure; a failed slide's features are dropped.
     """
     partials: dict[str, _Partial] = {}
-    for event in events:
+    under_way: tuple[TileBatch, PendingFeatures] | None = None
+    for event in chain(events, [None]):  # None: the end
+        begun = time.perf_counter()
+        pending = encoder.begin(event.tiles) if isinstance(event, TileBatch) else None
+        if under_way is not None:
+            batch, features = under_way[0], under_way[1].result()
+            yield from _handed_out(batch, features, time.perf_counter() - begun, partials)
+            on_batch(batch)
+        under_way = None
         if isinstance(event, SlideFailure):
             partials.pop(event.source.slide_id, None)
             yield event
         elif isinstance(event, PreparedSlide):
-            empty = np.empty((0, encoder.n_features), feature_dtype)
-            yield EmbeddedSlide(event, empty, SlideSeconds(tissue=event.seconds))
-        else:
-            begun = time.perf_counter()
-            features = _features(encoder, event.tiles, feature_dtype)
-            seconds_per_tile = (time.perf_counter() - begun) / len(features)
-            yield from _handed_out(event, features, seconds_per_tile, partials)
-            on_batch(event)
+            yield EmbeddedSlide(event, np.empty((0, 0), np.float32), SlideSeconds(tissue=event.seconds))
+        elif pending is not None:
+            under_way = (event, pending)
 
 
 def write_embedded(path: Path, embedded: EmbeddedSlide, *, encoder: Encoder, preprocessing_digest: str) -> None:
@@ -114,33 +117,19 @@ def write_embedded(path: Path, embedded: EmbeddedSlide, *, encoder: Encoder, pre
     )
 
 
-def _features(encoder: Encoder, tiles: np.ndarray, feature_dtype: str) -> np.ndarray:
-    try:
-        features = encoder(torch.from_numpy(tiles))  # (B, D) float32
-    except torch.cuda.OutOfMemoryError as error:
-        raise EncoderError(
-            f"a batch must fit into the GPU's memory, {len(tiles)} tiles do not: {error} Lower --batch-size."
-        ) from error
-    return features.to(getattr(torch, feature_dtype)).numpy()  # torch turns what float16 cannot hold into infinity
-
-
 def _handed_out(
-    batch: TileBatch, features: np.ndarray, seconds_per_tile: float, partials: dict[str, _Partial]
+    batch: TileBatch, features: np.ndarray, embed_seconds: float, partials: dict[str, _Partial]
 ) -> Iterator[EmbeddedSlide]:
-    """Give each slide its rows of the batch's features; yield the slides that are complete by it."""
-    row = 0
-    for segment in batch.segments:
-        prepared, n_tiles = segment.prepared, segment.stop - segment.start
-        slide_id, n_slide_tiles = prepared.source.slide_id, len(prepared.grid)
-        if slide_id not in partials:
-            partials[slide_id] = _Partial(np.empty((n_slide_tiles, features.shape[1]), features.dtype))
-        partial = partials[slide_id]
-        partial.features[segment.start : segment.stop] = features[row : row + n_tiles]
-        partial.n_filled += n_tiles
-        partial.read_seconds += segment.seconds
-        partial.embed_seconds += seconds_per_tile * n_tiles
-        row += n_tiles
-        if partial.n_filled == n_slide_tiles:
-            del partials[slide_id]
-            seconds = SlideSeconds(prepared.seconds, partial.read_seconds, partial.embed_seconds)
-            yield EmbeddedSlide(prepared, partial.features, seconds)
+    """Put a batch's features into its slide's; yield the slide if it is complete by them."""
+    prepared, slide_id = batch.prepared, batch.prepared.source.slide_id
+    n_slide_tiles = len(prepared.grid)
+    if slide_id not in partials:
+        partials[slide_id] = _Partial(np.empty((n_slide_tiles, features.shape[1]), features.dtype))
+    partial = partials[slide_id]
+    partial.features[batch.start : batch.stop] = features
+    partial.read_seconds += batch.seconds
+    partial.embed_seconds += embed_seconds
+    if batch.stop == n_slide_tiles:
+        del partials[slide_id]
+        seconds = SlideSeconds(prepared.seconds, partial.read_seconds, partial.embed_seconds)
+        yield EmbeddedSlide(prepared, partial.features, seconds)

@@ -1,5 +1,6 @@
 """What a preprocessing job leaves on the disk, and whether a folder's earlier results fit the options given now."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,11 +11,13 @@ from typing import Any
 import cv2
 import yaml
 
-from acmil.preprocessing.atomic import remove_leftovers, write_bytes, write_text
+from acmil.preprocessing.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_bytes, write_text
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureFileError, open_feature_file
+from acmil.preprocessing.leases import BEAT_SECONDS, Leases
 from acmil.preprocessing.ledger import Ledger
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.tissue_outlines import OutlineError, outlines_path, read_tissue_outlines, to_feature
 
 _PACKAGES = ("acmil", "torch", "timm", "openslide-python", "openslide-bin")
 _JPEG_QUALITY = 85
@@ -29,19 +32,34 @@ class JobError(ValueError):
 class JobFolder:
     """The folder of one job: `config.yaml`, `slides.csv`, `tissue/`, `previews/`, `features/`.
 
+    Beside these, for the processes that share the job and for a resumed one: `rows/`, a file for each row of the table,
+    and `leases/`, which slides are being worked on.
+
     Args:
         path: The folder; it is made.
         numbers: Every option that changes the numbers, as in force.
+        outlines: Folder of the outlines that tissue is taken from; None where it is found.
+        beat_seconds: Time between signs of life, see `Leases`.
     """
 
-    def __init__(self, path: Path, *, numbers: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        numbers: Mapping[str, Any],
+        outlines: Path | None = None,
+        beat_seconds: float = BEAT_SECONDS,
+    ) -> None:
+        _check_outlines(outlines, path)
+        self._outlines = outlines
         self.path = path
         self.numbers = dict(numbers)
         self.digest = _digest(self.numbers)
-        for folder in (path, path / "features", path / "tissue", path / "previews"):
+        for folder in (path, *(path / name for name in ("features", "tissue", "previews", "rows"))):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-        self.ledger = Ledger(path / "slides.csv")
+        self.ledger = Ledger(path / "slides.csv", rows=path / "rows")
+        self.leases = Leases(path / "leases", beat_seconds=beat_seconds)
 
     def features(self, slide_id: str) -> Path:
         """Where a slide's feature file is."""
@@ -51,7 +69,7 @@ class JobFolder:
         """Write `config.yaml`: options, what they came to, versions.
 
         Raises:
-            JobError: If the folder holds results of other options.
+            JobError: If the folder holds results of other options, or others are working on such.
         """
         path = self.path / "config.yaml"
         self._check_same_numbers(path)
@@ -70,17 +88,26 @@ class JobFolder:
         except FeatureFileError:
             return None
         is_same = file.meta.preprocessing_digest == self.digest and file.meta.slide_id == source.slide_id
-        return file if is_same and _agrees(source.mpp, file.meta.level0_mpp) else None
+        is_same = is_same and _agrees(source.mpp, file.meta.level0_mpp) and self._has_same_outlines(source.slide_id)
+        return file if is_same else None
 
     def was_empty(self, source: SlideSource) -> bool:
         """Whether a slide has been found to have no tiles before, with these options."""
         row = self.ledger.get(source.slide_id)
-        return row is not None and row.status == "empty" and _agrees(source.mpp, row.mpp)
+        was_empty = row is not None and row.status == "empty" and _agrees(source.mpp, row.mpp)
+        return was_empty and self._has_same_outlines(source.slide_id)
 
     def clear(self, slide_id: str) -> None:
         """Remove what earlier tries left of a slide, so that nothing of them stays if this one fails."""
         for path in (self.features(slide_id), self._tissue(slide_id), self._preview(slide_id)):
             path.unlink(missing_ok=True)
+        self.ledger.forget(slide_id)
+
+    def clear_leftovers(self, slide_id: str) -> None:
+        """Remove what a process was writing of a slide when it died; the slide must be held."""
+        for path in (self.features(slide_id), self._tissue(slide_id), self._preview(slide_id)):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
 
     def write_outlines(self, prepared: PreparedSlide) -> None:
         """Write a slide's tissue outlines and, if there is one, its preview."""
@@ -91,8 +118,18 @@ class JobFolder:
             _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
             write_bytes(self._preview(slide_id), encoded.tobytes())
 
+    def _has_same_outlines(self, slide_id: str) -> bool:
+        """Whether a slide's result is of the outlines that are given now, which may have been edited since."""
+        if self._outlines is None:
+            return True
+        try:
+            given, used = (read_tissue_outlines(folder, slide_id) for folder in (self._outlines, self.path / "tissue"))
+        except OutlineError:
+            return False
+        return [to_feature(polygon) for polygon in given] == [to_feature(polygon) for polygon in used]
+
     def _tissue(self, slide_id: str) -> Path:
-        return self.path / "tissue" / f"{slide_id}.geojson"
+        return outlines_path(self.path / "tissue", slide_id)
 
     def _preview(self, slide_id: str) -> Path:
         return self.path / "previews" / f"{slide_id}.jpg"
@@ -101,7 +138,7 @@ class JobFolder:
         # A killed run leaves finished slides that its table does not name yet.
         has_files = any((self.path / "features").glob(f"*{SUFFIX}"))
         has_results = has_files or any(row.status in ("done", "empty") for row in self.ledger)
-        if not path.is_file() or not has_results:
+        if not path.is_file() or not (has_results or self.leases.others()):
             return
         before = _numbers_of(path)
         names = [name for name in {**before, **self.numbers} if before.get(name) != self.numbers.get(name)]
@@ -111,6 +148,18 @@ class JobFolder:
                 f"a job must keep the options that change its numbers, got {changes} ({path}). "
                 f"Choose another --out, or give the options as they were.{_MPP_MEND if 'mpp_override' in names else ''}"
             )
+
+
+def _check_outlines(outlines: Path | None, job: Path) -> None:
+    if outlines is None:
+        return
+    if not outlines.is_dir():
+        raise JobError(f"tissue_from must be a folder of <slide_id>.geojson, found none ({outlines}).")
+    if outlines.resolve() == (job / "tissue").resolve():
+        raise JobError(
+            f"tissue_from must not be the job's own folder, which the job writes anew, got {outlines}. "
+            "Copy the edited outlines elsewhere, or choose another --out."
+        )
 
 
 def _numbers_of(path: Path) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from acmil.preprocessing.previews import preview_image
+from acmil.preprocessing.readers import ReaderName
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.tiling import TileGrid, tile_grid
-from acmil.preprocessing.tissue import Tissue, find_tissue
+from acmil.preprocessing.tissue import Tissue, TissuePreset, find_tissue, given_tissue
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,21 +44,26 @@ def prepare_slide(
     min_tissue: float,
     tissue_mpp: float,
     previews: bool,
+    reader: ReaderName = "auto",
+    tissue: TissuePreset = "brightfield",
+    remove_ink: bool = True,
+    tissue_from: Path | None = None,
 ) -> PreparedSlide:
     """Open a slide, find its tissue and lay its tiles; options as in `PreprocessConfig`.
 
     Raises:
-        SlideError: If the slide cannot be opened or read, or has no usable resolution.
+        SlideError: If the slide cannot be opened or read, or has no usable resolution, or no usable outlines are given.
     """
     start = time.perf_counter()
-    slide = Slide.open(source.path, slide_id=source.slide_id, mpp=source.mpp)
+    slide = Slide.open(source.path, slide_id=source.slide_id, mpp=source.mpp, reader=reader)
     try:
-        tissue = find_tissue(slide, mpp=tissue_mpp)
-        grid = tile_grid(
-            slide, tissue, tile_px=tile_px, tile_mpp=tile_mpp, overlap_px=overlap_px, min_tissue=min_tissue
-        )
-        preview = preview_image(slide, tissue, grid) if previews else None
+        if tissue_from is None:
+            found = find_tissue(slide, mpp=tissue_mpp, preset=tissue, remove_ink=remove_ink)
+        else:
+            found = given_tissue(slide, tissue_from, mpp=tissue_mpp)
+        grid = tile_grid(slide, found, tile_px=tile_px, tile_mpp=tile_mpp, overlap_px=overlap_px, min_tissue=min_tissue)
+        preview = preview_image(slide, found, grid) if previews else None
     except BaseException:
         slide.close()
         raise
-    return PreparedSlide(source, slide, tissue, grid, preview, time.perf_counter() - start)
+    return PreparedSlide(source, slide, found, grid, preview, time.perf_counter() - start)

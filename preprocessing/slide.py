@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from acmil.preprocessing.geometry import RESOLUTION_TOLERANCE, check_mpp, select_level, thumbnail_side_px
-from acmil.preprocessing.readers import Rectangle, SlideError, SlideReader
+from acmil.preprocessing.readers import ReaderName, Rectangle, SlideError, SlideReader, open_reader
 
 __all__ = ["Rectangle", "Slide", "SlideError", "Thumbnail"]
 
@@ -49,13 +49,16 @@ class Slide:
         self._stated_mpp = None if mpp is None else check_mpp(mpp, source="given by the user", slide_id=slide_id)
 
     @classmethod
-    def open(cls, path: str | Path, *, slide_id: str | None = None, mpp: float | None = None) -> Self:
+    def open(
+        cls, path: str | Path, *, slide_id: str | None = None, mpp: float | None = None, reader: ReaderName = "auto"
+    ) -> Self:
         """Open a slide file.
 
         Args:
             path: The file.
             slide_id: Name of the slide; the file's name without its ending by default.
             mpp: Pixel pitch of level 0 in µm/px, in place of the file's.
+            reader: The library to read with; "auto" takes OpenSlide, and Pillow for plain images.
 
         Returns:
             The slide, open; close it, or use it in a `with` statement.
@@ -63,11 +66,9 @@ class Slide:
         Raises:
             SlideError: If the file is missing or no readable slide, or `mpp` is absurd.
         """
-        from acmil.preprocessing.readers.openslide import OpenSlideReader
-
         path = Path(path)
         slide_id = slide_id or path.stem
-        return cls(OpenSlideReader(path, slide_id=slide_id), path=path, slide_id=slide_id, mpp=mpp)
+        return cls(open_reader(path, slide_id=slide_id, reader=reader), path=path, slide_id=slide_id, mpp=mpp)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +122,7 @@ class Slide:
         stated = [value for value in (self._reader.facts.mpp_x, self._reader.facts.mpp_y) if value is not None]
         if not stated:
             raise SlideError(
-                f"slide '{self.slide_id}': the file states no resolution, need µm/px ({self.path}). "
+                f"slide '{self.slide_id}': the file states no resolution of a microscope, need µm/px ({self.path}). "
                 "State it with --mpp-override or in the mpp column of the slide list."
             )
         for value in stated:

@@ -13,6 +13,17 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn"),
     *(".svslide", ".bif", ".vms", ".vmu", ".dcm", ".czi"),
 )
+# Plain images, which Pillow reads. Folders of slides often hold pictures that are no slides: see `_without_pictures`.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+_TILED_IN_JPEG = (".vms", ".vmu")  # Formats that keep their pixels in JPEG files beside them.
+# What this package leaves in folders whose pictures show results, each a set of names that stand side by side.
+_RESULTS = (
+    ("config.yaml", "slides.csv", "features", "previews"),  # a job
+    ("model.json", "config.yaml"),  # a run
+    ("metrics.json", "predictions.csv"),  # an evaluation
+    ("umap.csv", "umap.png"),
+    ("index.html", "summary.json"),  # the demo
+)
 _LIST_SUFFIX = ".csv"
 _COLUMNS = ("path", "slide_id", "mpp")
 
@@ -40,8 +51,9 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
     """Expand files, folders and CSV lists into slides.
 
     Args:
-        given: Slide files; folders, searched with all folders inside, in sorted order; CSV files with a column `path`
-            (relative to the CSV's folder) and, if there, `slide_id` and `mpp`.
+        given: Slide files; folders, searched with all folders inside, in sorted order, where plain images that come
+            with a slide or show a result are left out; CSV files with a column `path` (relative to the CSV's folder)
+            and, if there, `slide_id` and `mpp`.
         mpp: Resolution of level 0 in µm/px for slides that the CSV states none for.
 
     Returns:
@@ -76,15 +88,55 @@ def _expand(path: Path, mpp: float | None) -> list[SlideSource]:
 
 
 def _from_folder(folder: Path, mpp: float | None) -> list[SlideSource]:
+    suffixes = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
     # A leading dot marks what file systems and copying programs leave beside a slide, under the slide's suffix.
     found = [
-        SlideSource(path.stem, path, mpp)
+        path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
     ]
-    if not found:
-        raise SlideListError(f"no slides found in {folder}, suffixes looked for: {', '.join(SLIDE_SUFFIXES)}.")
-    return found
+    slides = _without_pictures(found, folder)
+    if not slides:
+        raise SlideListError(f"no slides found in {folder}, suffixes looked for: {', '.join(suffixes)}.")
+    return [SlideSource(path.stem, path, mpp) for path in slides]
+
+
+def _without_pictures(found: list[Path], folder: Path) -> list[Path]:
+    """Leave out the plain images that come with a slide or show a result; the log says how many."""
+    beside: dict[Path, list[Path]] = {}  # the slides of each folder
+    for path in found:
+        if path.suffix.lower() in SLIDE_SUFFIXES:
+            beside.setdefault(path.parent, []).append(path)
+    slides, pictures = [], []
+    for path in found:
+        is_picture = path.suffix.lower() in IMAGE_SUFFIXES and (
+            _belongs_to_a_slide(path, beside.get(path.parent, ())) or _shows_a_result(path, folder)
+        )
+        (pictures if is_picture else slides).append(path)
+    if pictures:
+        logger.warning(
+            "%s: %d images are not taken for slides, as they come with a slide or show a result, such as %s. "
+            "Name a file, or list it in a CSV, to have it taken.",
+            *(folder, len(pictures), pictures[0].relative_to(folder)),
+        )
+    return slides
+
+
+def _belongs_to_a_slide(image: Path, slides: Iterable[Path]) -> bool:
+    """Whether an image is a part of a slide beside it, or by its name a picture of it: a.svs, a.png, a_mask.png."""
+    return any(
+        slide.suffix.lower() in _TILED_IN_JPEG
+        or (image.stem.startswith(slide.stem) and not image.stem[len(slide.stem) :][:1].isalnum())
+        for slide in slides
+    )
+
+
+def _shows_a_result(path: Path, folder: Path) -> bool:
+    """Whether an image is a preview, a heatmap or a figure that this package wrote."""
+    if path.with_suffix(".geojson").is_file():
+        return True
+    inside = [parent for parent in path.parents if parent == folder or folder in parent.parents]
+    return any(all((parent / name).exists() for name in names) for parent in inside for names in _RESULTS)
 
 
 def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:

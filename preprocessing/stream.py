@@ -1,13 +1,15 @@
 """Many slides, one steady stream of tile batches: threads open, search and read ahead of the encoder.
 
 Order and cut of the batches depend on the slides alone, never on the number of threads or on which of them is faster:
-work is handed out in order and taken back in order. Batches run across slide borders, so that the encoder need not
-wait for a slide to begin. Errors travel as values, one slide each.
+work is handed out in order and taken back in order. Batches begin anew at each slide and hold tiles of it alone, so
+that a slide's features are the same to the last bit in whatever company it is done: a job that was cut short and
+resumed, or shared, gives what one run gives. The encoder does not wait at a slide's end, as the next one's tiles have
+been read by then. Errors travel as values, one slide each.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -24,26 +26,22 @@ _SLIDES_AHEAD = 2  # slides that are being opened and searched for tissue while 
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Tiles `start` to `stop` of one slide's grid, side by side in a batch; `seconds` is what reading them took."""
+class TileBatch:
+    """Tiles `start` to `stop` of one slide's grid, for the encoder.
+
+    Attributes:
+        prepared: The slide.
+        start: The first of the tiles in the slide's grid.
+        stop: One beyond the last.
+        tiles: (stop - start, tile_px, tile_px, 3) uint8 RGB.
+        seconds: What reading them took.
+    """
 
     prepared: PreparedSlide
     start: int
     stop: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TileBatch:
-    """Tiles for the encoder.
-
-    Attributes:
-        tiles: (B, tile_px, tile_px, 3) uint8 RGB.
-        segments: Whose they are, in the order of `tiles`.
-    """
-
     tiles: np.ndarray
-    segments: tuple[Segment, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -58,47 +56,47 @@ class SlideFailure:
 StreamEvent: TypeAlias = TileBatch | PreparedSlide | SlideFailure
 
 
+def _new_tiles(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
 @dataclass(frozen=True)
 class _Run:
-    """Some consecutive tiles of one slide, read by a thread; the result is the tiles (n, h, w, 3) and the seconds."""
+    """Tiles of one batch up to `stop`, read by a thread; the result is the tiles (n, h, w, 3) and the seconds."""
 
     prepared: PreparedSlide
-    start: int
     stop: int
+    batch_stop: int
     result: Future[tuple[np.ndarray, float]]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Tiles that have been read and are not in a batch yet."""
-
-    segment: Segment
-    tiles: np.ndarray  # (n, h, w, 3)
 
 
 class TileStream:
     """Iterate over the tiles of many slides.
 
-    Yields, slide after slide, `TileBatch`es of `batch_size` tiles (the last one may hold fewer), a `PreparedSlide` for
-    each slide without tiles, and a `SlideFailure` for each slide that failed. Tiles of a failed slide may have been in
-    earlier batches; none comes after the failure. At most about two batches of tiles are held beyond the one yielded.
+    Yields, slide after slide, `TileBatch`es of `batch_size` tiles (a slide's last one may hold fewer), a
+    `PreparedSlide` for each slide without tiles, and a `SlideFailure` for each slide that failed. Tiles of a failed
+    slide may have been in earlier batches; none comes after the failure. At most about two batches of tiles are held
+    beyond the one yielded.
 
     Args:
-        sources: The slides.
+        sources: The slides; asked for one by one, shortly before they are opened.
         prepare: Opens a slide and lays its tiles; called in the reader threads.
         batch_size: Tiles in a batch.
         workers: Reader threads.
+        allocate: Makes the array of a batch, of the shape given; pages that a GPU reads directly, for instance.
     """
 
     def __init__(
         self,
-        sources: Sequence[SlideSource],
+        sources: Iterable[SlideSource],
         prepare: Callable[[SlideSource], PreparedSlide],
         *,
         batch_size: int,
         workers: int,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_tiles,
     ) -> None:
         self._sources = sources
+        self._allocate = allocate
         self._prepare = prepare
         self._batch_size = batch_size
         self._workers = workers
@@ -112,24 +110,29 @@ class TileStream:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[StreamEvent]:
-        waiting: list[_Piece] = []
+        waiting: list[tuple[np.ndarray, float]] = []  # runs of one batch: tiles (n, h, w, 3), seconds
         for item in self._ahead(pool):
             if not isinstance(item, _Run):
                 yield item
                 continue
             outcome = self._taken(item)
             if isinstance(outcome, SlideFailure):
-                waiting = [piece for piece in waiting if piece.segment.prepared is not item.prepared]
+                waiting = []
                 yield outcome
             elif outcome is not None:
                 waiting.append(outcome)
-            while sum(len(piece.tiles) for piece in waiting) >= self._batch_size:
-                batch, waiting = _cut(waiting, self._batch_size)
-                yield batch
-        if waiting:
-            yield _cut(waiting, self._batch_size)[0]
+                if item.stop == item.batch_stop:
+                    yield self._batch(item, waiting)
+                    waiting = []
 
-    def _taken(self, run: _Run) -> _Piece | SlideFailure | None:
+    def _batch(self, last: _Run, runs: list[tuple[np.ndarray, float]]) -> TileBatch:
+        start = (last.batch_stop - 1) // self._batch_size * self._batch_size
+        n_tiles = last.batch_stop - start
+        tiles = self._allocate((n_tiles, *runs[0][0].shape[1:]))
+        np.concatenate([run_tiles for run_tiles, _ in runs], out=tiles)
+        return TileBatch(last.prepared, start, last.batch_stop, tiles, sum(seconds for _, seconds in runs))
+
+    def _taken(self, run: _Run) -> tuple[np.ndarray, float] | SlideFailure | None:
         """Wait for a run's tiles; None if its slide has failed before."""
         source = run.prepared.source
         if source.slide_id in self._failed:
@@ -141,12 +144,11 @@ class TileStream:
         if isinstance(outcome, Exception):
             self._failed.add(source.slide_id)
             return SlideFailure(source, outcome)
-        tiles, seconds = outcome
-        return _Piece(Segment(run.prepared, run.start, run.stop, seconds), tiles)
+        return outcome
 
     def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Run | PreparedSlide | SlideFailure]:
         """Keep runs of about two batches with the threads while the ones before are taken back, in order."""
-        limit = -(-2 * self._batch_size // _RUN_TILES) + self._workers
+        limit = 2 * -(-self._batch_size // _RUN_TILES) + self._workers
         queue: deque[_Run | PreparedSlide | SlideFailure] = deque()
         for item in self._runs(pool):
             queue.append(item)
@@ -161,11 +163,10 @@ class TileStream:
             if isinstance(item, SlideFailure) or not len(item.grid):
                 yield item
                 continue
-            for start in range(0, len(item.grid), _RUN_TILES):
+            for start, stop, batch_stop in _run_borders(len(item.grid), self._batch_size):
                 if item.source.slide_id in self._failed:
                     break
-                stop = min(start + _RUN_TILES, len(item.grid))
-                yield _Run(item, start, stop, pool.submit(_read, item, start, stop))
+                yield _Run(item, stop, batch_stop, pool.submit(_read, item, start, stop))
 
     def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[PreparedSlide | SlideFailure]:
         """Have the next slides prepared while one is read; a slide without tiles is closed at once."""
@@ -186,6 +187,14 @@ class TileStream:
             yield outcome
 
 
+def _run_borders(n_tiles: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a slide into batches, and these into runs: start and stop of each run, and its batch's stop."""
+    for batch_start in range(0, n_tiles, batch_size):
+        batch_stop = min(batch_start + batch_size, n_tiles)
+        for start in range(batch_start, batch_stop, _RUN_TILES):
+            yield start, min(start + _RUN_TILES, batch_stop), batch_stop
+
+
 def _read(prepared: PreparedSlide, start: int, stop: int) -> tuple[np.ndarray, float]:
     """Read some tiles of a slide: (n, tile_px, tile_px, 3) uint8, and the seconds it took."""
     begun = time.perf_counter()
@@ -203,28 +212,3 @@ def _outcome(future: Future[T]) -> T | Exception:
         return future.result()
     except Exception as error:  # noqa: BLE001  the per-slide ledger: a broken slide can raise anything
         return error
-
-
-def _cut(waiting: list[_Piece], batch_size: int) -> tuple[TileBatch, list[_Piece]]:
-    """Cut the next batch off what is waiting; a piece across the border is split."""
-    taken: list[_Piece] = []
-    space = batch_size
-    rest = deque(waiting)
-    while rest and space:
-        piece = rest.popleft()
-        if len(piece.tiles) > space:
-            piece, left = _split(piece, space)
-            rest.appendleft(left)
-        taken.append(piece)
-        space -= len(piece.tiles)
-    tiles = np.concatenate([piece.tiles for piece in taken])
-    return TileBatch(tiles, tuple(piece.segment for piece in taken)), list(rest)
-
-
-def _split(piece: _Piece, n_tiles: int) -> tuple[_Piece, _Piece]:
-    segment = piece.segment
-    middle = segment.start + n_tiles
-    seconds = segment.seconds * n_tiles / len(piece.tiles)
-    first = Segment(segment.prepared, segment.start, middle, seconds)
-    second = Segment(segment.prepared, middle, segment.stop, segment.seconds - seconds)
-    return _Piece(first, piece.tiles[:n_tiles]), _Piece(second, piece.tiles[n_tiles:])

@@ -1,12 +1,20 @@
-"""Finding tissue on an H&E thumbnail: saturation, a guarded Otsu threshold, morphology, outlines."""
+"""Finding tissue on a thumbnail: a guarded Otsu threshold, pen ink taken out, morphology, outlines."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 
+from acmil.preprocessing.geometry import thumbnail_side_px
+from acmil.preprocessing.ink import pen_ink
 from acmil.preprocessing.readers import Rectangle
-from acmil.preprocessing.slide import Slide
+from acmil.preprocessing.slide import Slide, Thumbnail
+from acmil.preprocessing.tissue_outlines import Polygon, fill, read_tissue_outlines, to_feature, trace
+
+TissuePreset = Literal["brightfield", "dark"]
 
 # Otsu's threshold splits whatever it is given in two: on bare glass it splits the noise, on a slide full of tissue it
 # splits nuclei from stroma. So it only decides between these. Glass with its JPEG noise stays under a saturation of
@@ -15,19 +23,13 @@ SATURATION_FLOOR = 15
 SATURATION_CEILING = 30
 # Saturation is (max - min) / max, which is noise where max is near zero: black glass edges, unlit background.
 DARKEST_TISSUE = 32
+# The dark preset's guard: so much brighter than the background, of 255. Otsu alone keeps only the brightest nuclei.
+GLOW_FLOOR, GLOW_CEILING = 6, 12
+# A thumbnail whose median brightness is under this is no brightfield slide: stained tissue is at 100 and more.
+DARK_THUMBNAIL = 60
 
-
-@dataclass(frozen=True)
-class Polygon:
-    """An outline in level-0 pixels.
-
-    Attributes:
-        exterior: float64 (M, 2) of (x, y), not closed: the last point is not the first again.
-        holes: The same for each hole.
-    """
-
-    exterior: np.ndarray
-    holes: tuple[np.ndarray, ...] = ()
+LEAST_TISSUE, MOST_TISSUE = 0.01, 0.95  # Shares of the slide outside which someone should look.
+MOST_REMOVED = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -39,35 +41,45 @@ class Tissue:
         downsample: Level-0 pixels per mask pixel.
         polygons: The mask's outlines in level-0 pixels, simplified to half a mask pixel.
         fraction: Share of the scanned area that is tissue, in [0, 1].
+        ink_fraction: Share of the thumbnail that is pen ink, in [0, 1].
+        ink_removed: Share of what has the colour of tissue that was ink and was taken out, in [0, 1].
+        alarms: What someone should look at before trusting this, one sentence each.
     """
 
     mask: np.ndarray
     downsample: float
     polygons: tuple[Polygon, ...]
     fraction: float
+    ink_fraction: float = 0.0
+    ink_removed: float = 0.0
+    alarms: tuple[str, ...] = ()
 
     def to_geojson(self) -> dict[str, object]:
         """The outlines as a GeoJSON FeatureCollection of QuPath annotations, in level-0 pixels."""
-        return {"type": "FeatureCollection", "features": [_feature(polygon) for polygon in self.polygons]}
+        return {"type": "FeatureCollection", "features": [to_feature(polygon) for polygon in self.polygons]}
 
 
 def find_tissue(
     slide: Slide,
     *,
     mpp: float = 8.0,
+    preset: TissuePreset = "brightfield",
+    remove_ink: bool = True,
     min_area_um2: float = 4096.0,
     max_hole_um2: float = 4096.0,
     close_um: float = 32.0,
 ) -> Tissue:
-    """Find the tissue of an H&E slide from its colour.
+    """Find the tissue of a slide from its colour, or from its light.
 
-    Stained tissue is saturated, glass is not: the HSV saturation of a thumbnail, median-filtered, is cut at Otsu's
-    threshold, kept within [SATURATION_FLOOR, SATURATION_CEILING]; small gaps are closed, specks removed, small holes
-    filled.
+    Brightfield: stained tissue is saturated, glass is not. The HSV saturation of a thumbnail, median-filtered, is cut
+    at Otsu's threshold, kept within [SATURATION_FLOOR, SATURATION_CEILING], and pen ink is taken out. Dark: tissue is
+    brighter than the background, see `glow_mask`. Then small gaps are closed, specks removed, small holes filled.
 
     Args:
         slide: The slide; needs a resolution.
         mpp: Pixel pitch of the thumbnail in µm/px.
+        preset: "brightfield", or "dark" for fluorescence.
+        remove_ink: Take pen ink out; only in brightfield.
         min_area_um2: Smaller pieces are dropped, µm²; the default is a quarter of a tile of 256 px at 0.5 µm/px.
         max_hole_um2: Smaller holes are filled, µm²; the default is the same.
         close_um: Gaps narrower than about this are closed, µm.
@@ -83,16 +95,52 @@ def find_tissue(
     """
     thumbnail = slide.thumbnail(mpp)
     pitch_um = thumbnail.downsample * slide.mpp  # µm per thumbnail pixel, coarser than asked on a coarse slide.
-    mask = tissue_mask(thumbnail.image)
-    mask = _close(mask, radius_px=round(close_um / 2 / pitch_um))
-    mask = _without_small(mask, min_area_px=min_area_um2 / pitch_um**2, connectivity=8)
-    mask = ~_without_small(~mask, min_area_px=max_hole_um2 / pitch_um**2, connectivity=4, keep_border=True)
+    is_dark = _is_dark(slide.bounds, thumbnail)
+    candidates = tissue_mask(thumbnail.image) if preset == "brightfield" else glow_mask(thumbnail.image)
+    ink = np.zeros_like(candidates)
+    if preset == "brightfield" and remove_ink and not is_dark:
+        ink = pen_ink(thumbnail.image, pitch_um=pitch_um)
+    closed = _close(candidates & ~ink, radius_px=round(close_um / 2 / pitch_um)) & ~ink
+    large = _without_small(closed, min_area_px=min_area_um2 / pitch_um**2, connectivity=8)
+    # A hole that ink left is none to fill.
+    mask = ~_without_small(~large, min_area_px=max_hole_um2 / pitch_um**2, connectivity=4, keep_border=True) & ~ink
+    fraction, ink_removed = _fraction_of(slide.bounds, mask, thumbnail.downsample), _share(ink, of=candidates)
+    alarms = (
+        *_preset_alarms(preset, is_dark=is_dark),
+        *_removal_alarms(ink=ink_removed, specks=_share(~large, of=closed), holes=_share(~large, of=mask)),
+        *_fraction_alarms(fraction),
+    )
     return Tissue(
         mask=mask,
         downsample=thumbnail.downsample,
-        polygons=_outlines(mask, thumbnail.downsample),
-        fraction=_fraction_of(slide.bounds, mask, thumbnail.downsample),
+        polygons=trace(mask, thumbnail.downsample),
+        fraction=fraction,
+        ink_fraction=float(ink.mean()),
+        ink_removed=ink_removed,
+        alarms=alarms,
     )
+
+
+def given_tissue(slide: Slide, folder: Path, *, mpp: float = 8.0) -> Tissue:
+    """Take the tissue of a slide from outlines that someone has drawn or edited.
+
+    Args:
+        slide: The slide; needs a resolution.
+        folder: It holds `<slide_id>.geojson`, see `read_tissue_outlines`.
+        mpp: Pixel pitch of the mask in µm/px.
+
+    Returns:
+        The outlines as they are, and a mask of the pixels whose centres they enclose.
+
+    Raises:
+        SlideError: If the slide has no usable resolution, or there are no usable outlines of it.
+    """
+    downsample = max(1.0, mpp / slide.mpp)
+    height, width = thumbnail_side_px(slide.height, downsample), thumbnail_side_px(slide.width, downsample)
+    polygons = read_tissue_outlines(folder, slide.slide_id)
+    mask = fill(polygons, height=height, width=width, downsample=downsample)
+    fraction = _fraction_of(slide.bounds, mask, downsample)
+    return Tissue(mask, downsample, polygons, fraction, alarms=_fraction_alarms(fraction))
 
 
 def tissue_mask(image: np.ndarray) -> np.ndarray:
@@ -103,6 +151,19 @@ def tissue_mask(image: np.ndarray) -> np.ndarray:
     saturation = cv2.medianBlur(np.where(lit, hsv[..., 1], 0).astype(np.uint8), 5)
     otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return saturation > np.clip(otsu, SATURATION_FLOOR, SATURATION_CEILING)
+
+
+def glow_mask(image: np.ndarray) -> np.ndarray:
+    """Mark what is brighter than a dark background in uint8 RGB (h, w, 3), as bool (h, w), before any morphology.
+
+    The brightest channel, median-filtered, is cut at Otsu's threshold, kept within GLOW_FLOOR to GLOW_CEILING over the
+    background, which is the level of the darkest hundredth, or black where even that is bright.
+    """
+    glow = cv2.medianBlur(image.max(-1), 5)
+    otsu, _ = cv2.threshold(glow, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    background = float(np.percentile(glow, 1))
+    background = background if background < DARK_THUMBNAIL else 0.0
+    return glow > np.clip(otsu, background + GLOW_FLOOR, background + GLOW_CEILING)
 
 
 def area_fraction(mask: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -167,27 +228,38 @@ def _without_small(mask: np.ndarray, *, min_area_px: float, connectivity: int, k
     return keep[labels]
 
 
-def _outlines(mask: np.ndarray, downsample: float) -> tuple[Polygon, ...]:
-    """Trace the mask; OpenCV gives two levels of contours: exteriors, and the holes in them."""
-    # OpenCV joins the centres of edge pixels. On the doubled mask they lie a quarter of a mask pixel inside the edge,
-    # and a piece one pixel wide still encloses an area.
-    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
-    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    simple = [cv2.approxPolyDP(contour, 1.0, closed=True)[:, 0] for contour in contours]  # (M, 2) each
-    rings = [(ring + 0.5) / 2 * downsample for ring in simple]
-    holes: dict[int, list[np.ndarray]] = {}
-    for ring, (_, _, _, parent) in zip(rings, hierarchy[0] if contours else (), strict=True):
-        if parent >= 0 and len(ring) >= 3:
-            holes.setdefault(parent, []).append(ring)
-    exteriors = [i for i in range(len(rings)) if hierarchy[0][i][3] < 0 and len(rings[i]) >= 3]
-    return tuple(Polygon(rings[i], tuple(holes.get(i, ()))) for i in exteriors)
+def _share(part: np.ndarray, *, of: np.ndarray) -> float:
+    """Share of the True pixels of `of` that are in `part`."""
+    return float((part & of).sum() / max(1, of.sum()))
 
 
-def _feature(polygon: Polygon) -> dict[str, object]:
-    """One outline as a GeoJSON feature with the properties that QuPath reads."""
-    rings = [np.vstack([ring, ring[:1]]).round(2).tolist() for ring in (polygon.exterior, *polygon.holes)]
-    return {
-        "type": "Feature",
-        "geometry": {"type": "Polygon", "coordinates": rings},
-        "properties": {"objectType": "annotation", "classification": {"name": "Tissue"}},
-    }
+def _is_dark(bounds: Rectangle, thumbnail: Thumbnail) -> bool:
+    """Whether the scanned area is mostly dark."""
+    left, top = int(bounds.x / thumbnail.downsample), int(bounds.y / thumbnail.downsample)
+    right = math.ceil((bounds.x + bounds.width) / thumbnail.downsample)
+    bottom = math.ceil((bounds.y + bounds.height) / thumbnail.downsample)
+    return bool(np.median(thumbnail.image[top:bottom, left:right].max(-1)) < DARK_THUMBNAIL)
+
+
+def _preset_alarms(preset: TissuePreset, *, is_dark: bool) -> tuple[str, ...]:
+    if preset == "brightfield" and is_dark:
+        return ("the slide is dark: if it is fluorescence, use --tissue dark",)
+    if preset == "dark" and not is_dark:
+        return ("the slide is bright: if it is brightfield, use --tissue brightfield",)
+    return ()
+
+
+def _removal_alarms(*, ink: float, specks: float, holes: float) -> tuple[str, ...]:
+    """Tell of steps that changed much; all three are shares."""
+    shares = (
+        (ink, "{:.0%} of the tissue was taken out as pen ink: if it is stain, use --no-remove-ink"),
+        (specks, "{:.0%} of the tissue was taken out as specks"),
+        (holes, "{:.0%} of the tissue is filled holes"),
+    )
+    return tuple(text.format(share) for share, text in shares if share > MOST_REMOVED)
+
+
+def _fraction_alarms(fraction: float) -> tuple[str, ...]:
+    if fraction < LEAST_TISSUE:
+        return (f"only {fraction:.2%} of the slide is tissue",)
+    return (f"{fraction:.1%} of the slide is tissue",) if fraction > MOST_TISSUE else ()

@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,7 @@ class Encoder:
         self.device = device
         self.precision: Precision = precision
         self.model: nn.Module = model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)
+        self._network: Callable[[torch.Tensor], torch.Tensor] | None = None
         # (x/255 - mean)/std as one product and one sum.
         scale = 1.0 / (255.0 * torch.tensor(std))
         self._scale = scale.view(1, 3, 1, 1).to(device)
@@ -86,7 +87,15 @@ class Encoder:
         """The sha256 (hex) of the weights."""
         return weights_digest(self.model)
 
-    @torch.inference_mode()
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` has been called."""
+        return self._network is not None
+
+    def compile(self) -> None:
+        """Have `torch.compile` make faster code of the network, at the first batch of each size; takes minutes."""
+        self._network = torch.compile(self._features, dynamic=False)
+
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
         """Compute the features of a batch of tiles.
 
@@ -96,9 +105,21 @@ class Encoder:
         Returns:
             (B, D) float32 on the CPU.
         """
+        return self.begin(tiles).cpu()  # (B, D)
+
+    @torch.inference_mode()
+    def begin(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Compute features as a call does, and leave them on the device: a GPU may still be at it on return.
+
+        Args:
+            tiles: (B, H, W, 3) uint8, RGB, on any device; if in page-locked memory, unchanged until the features are
+                there.
+
+        Returns:
+            (B, D) float32 on the encoder's device.
+        """
         with self._autocast():
-            features = self._features(self.normalise(tiles))
-        return features.float().cpu()  # (B, D)
+            return (self._network or self._features)(self.normalise(tiles)).float()
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         model: Any = self.model

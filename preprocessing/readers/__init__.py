@@ -1,9 +1,14 @@
 """What `Slide` asks of a library that reads slide files: one module a library, all behind one protocol."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
+import cv2
 import numpy as np
+
+ReaderName = Literal["auto", "openslide", "pillow", "cucim"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")  # What "auto" tries as a plain image.
 
 
 class SlideError(ValueError):
@@ -69,3 +74,54 @@ class SlideReader(Protocol):
 
     def close(self) -> None:
         """Let the file go; reading afterwards is an error."""
+
+
+def open_reader(path: Path, *, slide_id: str, reader: ReaderName = "auto") -> SlideReader:
+    """Open a slide file with the reader asked for.
+
+    "auto" takes OpenSlide for every format that it knows, and Pillow for PNG, JPEG, BMP and the TIFFs that OpenSlide
+    knows not or, of no vendor's format, cannot open. The file's ending must be an image's for that: MIRAX slides are
+    JPEG files too, whose picture is an overview.
+
+    Raises:
+        SlideError: If the file is missing or cannot be opened.
+    """
+    # Here, as each of them pulls its library in.
+    from acmil.preprocessing.readers.openslide import OpenSlideReader, detected_format
+    from acmil.preprocessing.readers.pillow import PillowReader
+
+    if reader == "cucim":
+        from acmil.preprocessing.readers.cucim import CucimReader
+
+        return CucimReader(path, slide_id=slide_id)
+    if reader == "pillow":
+        return PillowReader(path, slide_id=slide_id)
+    is_image = reader == "auto" and path.suffix.lower() in IMAGE_SUFFIXES
+    if is_image and detected_format(path) is None:
+        return PillowReader(path, slide_id=slide_id)
+    try:
+        return OpenSlideReader(path, slide_id=slide_id)
+    except SlideError as error:
+        if not is_image or detected_format(path) != "generic-tiff":
+            raise
+        try:
+            return PillowReader(path, slide_id=slide_id)
+        except SlideError as second:
+            raise error from second
+
+
+def within(left: int, top: int, width: int, height: int, *, size: tuple[int, int]) -> Rectangle | None:
+    """The part of a rectangle that lies inside an image of `size` (width, height); None where there is none."""
+    right, bottom = min(left + width, size[0]), min(top + height, size[1])
+    left, top = max(left, 0), max(top, 0)
+    return Rectangle(left, top, right - left, bottom - top) if right > left and bottom > top else None
+
+
+def whiten(rgba: np.ndarray) -> np.ndarray:
+    """Lay uint8 RGBA (h, w, 4) on white: gaps in the scan (MRXS) and what lies over the edge are transparent."""
+    rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
+    alpha = rgba[..., 3]
+    if alpha.min() < 255:
+        share = alpha[..., None].astype(np.float32) / 255
+        rgb = np.rint(rgb * share + 255 * (1 - share)).astype(np.uint8)
+    return rgb

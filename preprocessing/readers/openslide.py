@@ -4,11 +4,10 @@ import math
 import threading
 from pathlib import Path
 
-import cv2
 import numpy as np
 import openslide
 
-from acmil.preprocessing.readers import Rectangle, SlideError, SlideFacts
+from acmil.preprocessing.readers import Rectangle, SlideError, SlideFacts, whiten
 
 # PIL's own errors on pixel data are OSError or ValueError; a path that cannot be read is an OSError.
 _READ_ERRORS = (openslide.OpenSlideError, OSError, ValueError)
@@ -45,12 +44,12 @@ class OpenSlideReader:
         region = (x_level0_px, y_level0_px), level, (width_px, height_px)
         handle = self._current()
         try:
-            return _white_backed(np.asarray(handle.read_region(*region)))
+            return whiten(np.asarray(handle.read_region(*region)))
         except _READ_ERRORS:
             self._drop(handle)
         fresh = self._open()
         try:
-            pixels = _white_backed(np.asarray(fresh.read_region(*region)))
+            pixels = whiten(np.asarray(fresh.read_region(*region)))
         except _READ_ERRORS as error:
             raise SlideError(
                 f"slide '{self._slide_id}': cannot read {width_px} x {height_px} px of level {level} at level-0 px "
@@ -101,14 +100,9 @@ class OpenSlideReader:
                 self._handle = handle
 
 
-def _white_backed(rgba: np.ndarray) -> np.ndarray:
-    """Lay uint8 RGBA (h, w, 4) on white: gaps in the scan (MRXS) and what lies over the edge are transparent."""
-    rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
-    alpha = rgba[..., 3]
-    if alpha.min() < 255:
-        share = alpha[..., None].astype(np.float32) / 255
-        rgb = np.rint(rgb * share + 255 * (1 - share)).astype(np.uint8)
-    return rgb
+def detected_format(path: Path) -> str | None:
+    """Name of the format that OpenSlide takes a file for; None where it knows none or there is no file."""
+    return openslide.OpenSlide.detect_format(path)
 
 
 def _facts(handle: openslide.OpenSlide) -> SlideFacts:

@@ -9,7 +9,7 @@ import openslide
 import pytest
 
 import acmil.preprocessing
-from acmil.preprocessing.readers import Rectangle
+from acmil.preprocessing.readers import Rectangle, whiten
 from acmil.preprocessing.readers import openslide as openslide_reader
 from acmil.preprocessing.slide import Slide, SlideError
 
@@ -100,7 +100,7 @@ def test_transparent_pixels_become_white():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, :3] = 100
     rgba[0, :, 3] = 0, 51, 255
-    assert openslide_reader._white_backed(rgba)[0, :, 0].tolist() == [255, 224, 100]
+    assert whiten(rgba)[0, :, 0].tolist() == [255, 224, 100]
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,35 @@ def test_csv_files_that_cannot_be_used_are_refused(folder, text, message):
     table.write_text(text, encoding="utf-8")
     with pytest.raises(SlideListError, match=message):
         list_slides([table])
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.touch()
+
+
+def test_a_folder_gives_its_plain_images_too(tmp_path):
+    touch(tmp_path, "a.png", "b.JPG", "c.jpeg", "d.bmp", "e.tif", "f/g.svs", "notes.gif")
+    assert [source.slide_id for source in list_slides([tmp_path])] == ["a", "b", "c", "d", "e", "g"]
+
+
+def test_pictures_that_come_with_a_slide_are_left_out(tmp_path, caplog):
+    touch(tmp_path, "1.svs", "1.png", "1_mask.png", "1-label.jpg", "10.png", "tma.png")
+    touch(tmp_path, "hamamatsu/s.vms", "hamamatsu/s(1,0).jpg", "hamamatsu/map2.jpg")
+    assert [source.slide_id for source in list_slides([tmp_path])] == ["1", "10", "s", "tma"]
+    assert "5 images are not taken for slides" in caplog.text
+    assert list_slides([tmp_path / "1_mask.png"])[0].slide_id == "1_mask"  # Asked for by name.
+
+
+def test_pictures_of_results_are_left_out(tmp_path):
+    touch(tmp_path, "slides/a.png", "slides/slides.csv", "slides/features/")
+    touch(tmp_path, "job/config.yaml", "job/slides.csv", "job/features/", "job/previews/a.jpg")
+    touch(tmp_path, "run/model.json", "run/config.yaml", "run/figures/history.png")
+    touch(tmp_path, "evaluation/metrics.json", "evaluation/predictions.csv", "evaluation/roc.png")
+    touch(tmp_path, "heatmaps/a.png", "heatmaps/a.geojson", "umap/umap.csv", "umap/umap.png")
+    touch(tmp_path, "demo/index.html", "demo/summary.json", "demo/figures/b.png")
+    assert [source.path for source in list_slides([tmp_path])] == [tmp_path / "slides" / "a.png"]
+    with pytest.raises(SlideListError, match=r"no slides found in .*job"):
+        list_slides([tmp_path / "job"])

@@ -1,4 +1,4 @@
-"""The tile stream: one order whatever the threads, batches across slide borders, failures that stay with one slide."""
+"""The tile stream: one order whatever the threads, batches of one slide each, failures that stay with it."""
 
 import threading
 import time
@@ -66,12 +66,12 @@ class Cohort:
 
 
 def summarised(events):
-    """Events as plain values: (slide_id, start, stop) of each segment and the pixel value of each tile."""
+    """Events as plain values: (slide_id, start, stop) of each batch and the pixel value of each tile."""
     plain = []
     for event in events:
         if isinstance(event, TileBatch):
-            segments = [(s.prepared.source.slide_id, s.start, s.stop) for s in event.segments]
-            plain.append((segments, event.tiles[:, 0, 0, 0].tolist(), event.tiles.shape))
+            who = (event.prepared.source.slide_id, event.start, event.stop)
+            plain.append((who, event.tiles[:, 0, 0, 0].tolist(), event.tiles.shape))
         elif isinstance(event, SlideFailure):
             plain.append((event.source.slide_id, type(event.error).__name__, str(event.error)))
         else:
@@ -79,25 +79,41 @@ def summarised(events):
     return plain
 
 
-def test_batches_run_across_slides_and_hold_every_tile_once():
-    cohort = Cohort([7, 12, 1, 5])
-    batches = [event for event in cohort.stream() if isinstance(event, TileBatch)]
-    assert [len(batch.tiles) for batch in batches] == [10, 10, 5]
-    assert summarised(batches)[0] == ([("s0", 0, 7), ("s1", 0, 3)], [*range(7), *range(3)], (10, TILE_PX, TILE_PX, 3))
-    tiles = {
-        slide_id: [
-            x
-            for s in batches
-            for p in s.segments
-            if p.prepared.source.slide_id == slide_id
-            for x in range(p.start, p.stop)
-        ]
-        for slide_id in cohort.sizes
-    }
-    assert tiles == {slide_id: list(range(size)) for slide_id, size in cohort.sizes.items()}
-    values = [value for _, batch_values, _ in summarised(batches) for value in batch_values]
-    assert values == [x for size in cohort.sizes.values() for x in range(size)]
+def test_batches_begin_at_each_slide_and_hold_every_tile_once():
+    cohort = Cohort([7, 22, 1, 20])
+    assert summarised(cohort.stream()) == [
+        (("s0", 0, 7), [*range(7)], (7, TILE_PX, TILE_PX, 3)),
+        (("s1", 0, 10), [*range(10)], (10, TILE_PX, TILE_PX, 3)),
+        (("s1", 10, 20), [*range(10, 20)], (10, TILE_PX, TILE_PX, 3)),
+        (("s1", 20, 22), [20, 21], (2, TILE_PX, TILE_PX, 3)),
+        (("s2", 0, 1), [0], (1, TILE_PX, TILE_PX, 3)),
+        (("s3", 0, 10), [*range(10)], (10, TILE_PX, TILE_PX, 3)),
+        (("s3", 10, 20), [*range(10, 20)], (10, TILE_PX, TILE_PX, 3)),
+    ]
     assert all(slide.is_closed for slide in cohort.slides.values())
+
+
+def test_the_next_slide_is_read_while_the_encoder_is_at_the_end_of_one():
+    cohort = Cohort([10, 10])
+    events = iter(cohort.stream())
+    assert next(events).prepared.source.slide_id == "s0"
+    deadline = time.monotonic() + 10
+    while cohort.slides["s1"].n_reads < 10 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert cohort.slides["s1"].n_reads == 10
+    events.close()
+
+
+def test_batches_are_put_where_they_are_asked_for():
+    made = []
+
+    def allocate(shape):
+        made.append(np.zeros(shape, np.uint8))
+        return made[-1]
+
+    cohort = Cohort([12])
+    batches = list(TileStream(cohort.sources, cohort.prepare, batch_size=10, workers=2, allocate=allocate))
+    assert [batch.tiles is array for batch, array in zip(batches, made, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -116,7 +132,7 @@ def test_a_slide_that_cannot_be_opened_is_a_value_and_the_others_go_on():
     assert summarised(cohort.stream()) == [
         ("s0", "ZeroDivisionError", "not even a SlideError"),
         ("s1", "ZeroDivisionError", "not even a SlideError"),
-        ([("s2", 0, 3)], [0, 1, 2], (3, TILE_PX, TILE_PX, 3)),
+        (("s2", 0, 3), [0, 1, 2], (3, TILE_PX, TILE_PX, 3)),
     ]
 
 
@@ -124,12 +140,12 @@ def test_tiles_of_a_slide_that_fails_midway_are_dropped():
     cohort = Cohort([4, 40, 4], damaged={"s1": 22})
     events = summarised(cohort.stream(batch_size=10))
     failure = ("s1", "SlideError", "tile 22 is damaged")
-    # Tiles 0 to 15 of s1 were whole runs before the damage: ten go out beside s0's, the rest leaves with the failure.
     assert events == [
-        ([("s0", 0, 4), ("s1", 0, 6)], [*range(4), *range(6)], (10, TILE_PX, TILE_PX, 3)),
-        ([("s1", 6, 8), ("s1", 8, 16)], [*range(6, 16)], (10, TILE_PX, TILE_PX, 3)),
+        (("s0", 0, 4), [*range(4)], (4, TILE_PX, TILE_PX, 3)),
+        (("s1", 0, 10), [*range(10)], (10, TILE_PX, TILE_PX, 3)),
+        (("s1", 10, 20), [*range(10, 20)], (10, TILE_PX, TILE_PX, 3)),
         failure,
-        ([("s2", 0, 4)], [*range(4)], (4, TILE_PX, TILE_PX, 3)),
+        (("s2", 0, 4), [*range(4)], (4, TILE_PX, TILE_PX, 3)),
     ]
     assert cohort.slides["s1"].is_closed
 

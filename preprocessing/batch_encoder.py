@@ -1,0 +1,88 @@
+"""Batches through the encoder: a GPU has one under way while it is handed the next; one that is too large is halved."""
+
+import gc
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from acmil.preprocessing.encoders import Encoder, EncoderError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PendingFeatures:
+    """Features that the device may still be computing."""
+
+    parts: tuple[torch.Tensor, ...]  # each (b, D) on the device
+    tiles: torch.Tensor  # kept until the device has read them
+
+    def result(self) -> np.ndarray:
+        """Wait for the features, (B, D)."""
+        return torch.cat([part.cpu() for part in self.parts]).numpy()
+
+
+class BatchEncoder:
+    """An encoder that takes batches of any size that fits, and less where that does not fit.
+
+    Args:
+        encoder: The network.
+        feature_dtype: "float16" or "float32": type of the features returned.
+        batch_size: Tiles in a full batch; a compiled network gets no other number, as it is compiled for one.
+    """
+
+    def __init__(self, encoder: Encoder, *, feature_dtype: str, batch_size: int) -> None:
+        self._encoder = encoder
+        self._dtype: torch.dtype = getattr(torch, feature_dtype)
+        self._most_tiles = batch_size
+
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Make an uint8 array; for a GPU in page-locked memory, which it copies from while the CPU goes on."""
+        is_pinned = self._encoder.device.type == "cuda"
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned).numpy()
+
+    def begin(self, tiles: np.ndarray) -> PendingFeatures:
+        """Hand tiles (B, H, W, 3) uint8 to the device.
+
+        Raises:
+            EncoderError: If not even one tile fits into the GPU's memory.
+        """
+        batch = torch.from_numpy(tiles)
+        while True:
+            parts = self._parts(batch)
+            if parts is not None:
+                return PendingFeatures(parts, batch)
+            self._halve()
+
+    def _parts(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Run the network on parts that fit; None if one of them did not."""
+        try:
+            return tuple(self._features(part) for part in batch.split(self._most_tiles))
+        except torch.OutOfMemoryError as error:
+            if self._most_tiles == 1:
+                raise EncoderError(
+                    f"a tile must fit into the GPU's memory, not even one does: {error} "
+                    "Free the GPU of other programs, take a smaller encoder, or --device cpu."
+                ) from error
+            return None  # retried outside, where the error no longer keeps the network's tensors alive
+
+    def _features(self, part: torch.Tensor) -> torch.Tensor:
+        n_tiles = len(part)
+        if self._encoder.is_compiled and n_tiles < self._most_tiles:
+            part = torch.cat([part, part.new_zeros(self._most_tiles - n_tiles, *part.shape[1:])])
+        # torch turns what float16 cannot hold into infinity, which the feature file refuses
+        return self._encoder.begin(part)[:n_tiles].to(self._dtype)
+
+    def _halve(self) -> None:
+        before, self._most_tiles = self._most_tiles, max(1, self._most_tiles // 2)
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing where no GPU is in use
+        logger.warning(
+            "%d tiles at a time do not fit into the GPU's memory: going on with %d. --batch-size %d says so from the "
+            "start, which also keeps the last bits of the features the same in each run.",
+            before,
+            self._most_tiles,
+            self._most_tiles,
+        )

@@ -1,0 +1,229 @@
+"""One process's work on a job: it takes slides that nobody holds, embeds them, and writes what comes of them."""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TypeAlias
+
+from acmil.preprocessing.batch_encoder import BatchEncoder
+from acmil.preprocessing.config import PreprocessConfig
+from acmil.preprocessing.embedding import EmbeddedSlide, embed, write_embedded
+from acmil.preprocessing.encoders import Encoder
+from acmil.preprocessing.feature_file import FeatureFileError
+from acmil.preprocessing.job_folder import JobFolder
+from acmil.preprocessing.ledger import Row
+from acmil.preprocessing.prepare import PreparedSlide
+from acmil.preprocessing.progress import Progress
+from acmil.preprocessing.slide import SlideError
+from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
+
+logger = logging.getLogger(__name__)
+
+_MOST_UNWRITTEN = 4  # slides whose features wait to be written, in memory
+_LOOKS_PER_BEAT = 4
+
+# A slide and its row, None if it was lost to another process.
+_Outcome: TypeAlias = tuple[SlideSource, Row | None]
+
+
+class JobRun:
+    """One run over the slides that are left to do: keeps the table, the counts and the seconds.
+
+    Args:
+        folder: The job's.
+        encoder: The network.
+        prepare: Opens a slide and lays its tiles.
+        config: The options.
+        progress: Told of each slide.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        encoder: Encoder,
+        prepare: Callable[[SlideSource], PreparedSlide],
+        *,
+        config: PreprocessConfig,
+        progress: Progress,
+    ) -> None:
+        self._folder = folder
+        self._encoder = encoder
+        self._prepare = prepare
+        self._batch_size = config.batch_size
+        self._batch_encoder = BatchEncoder(encoder, feature_dtype=config.feature_dtype, batch_size=config.batch_size)
+        self._progress = progress
+        self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
+        self.n_new_tiles = 0
+        self.n_kept_tiles = 0
+        self.seconds = {"tissue": 0.0, "read": 0.0, "embed": 0.0, "write": 0.0}
+
+    def plan(self, sources: Sequence[SlideSource]) -> list[SlideSource]:
+        """Find the slides that are left to do; write the table with them as pending."""
+        todo = []
+        for source in sources:
+            row = self._finished(source)
+            if row is None:
+                todo.append(source)
+                row = Row(source.slide_id, str(source.path.absolute()))
+            else:
+                self._keep(row)
+            self._folder.ledger.set(row)
+        self._folder.ledger.write()
+        return todo
+
+    def run(self, todo: Sequence[SlideSource], *, workers: int) -> None:
+        """Process the slides; those that other processes hold are looked at again at the end."""
+        with self._folder.leases as leases:
+            if todo:
+                self._progress.begin("slides", len(todo))
+                try:
+                    self._rounds(list(todo), workers)
+                finally:
+                    self._progress.end()
+            leases.sweep()
+
+    def _rounds(self, todo: list[SlideSource], workers: int) -> None:
+        is_told = False
+        while todo:
+            left: list[SlideSource] = []
+            self._round(self._taken(todo, left), left, workers)
+            if len(left) == len(todo):
+                if not is_told:
+                    logger.info("%d slides are with other processes: waiting for them", len(left))
+                is_told = True
+                time.sleep(self._folder.leases.beat_seconds / _LOOKS_PER_BEAT)
+            todo = left
+
+    def _round(self, sources: Iterable[SlideSource], left: list[SlideSource], workers: int) -> None:
+        """Embed slides; a thread of its own writes, so that the encoder does not wait for the disk."""
+        stream = TileStream(
+            sources,
+            self._prepare,
+            batch_size=self._batch_size,
+            workers=workers,
+            allocate=self._batch_encoder.allocate,
+        )
+        writing: deque[Future[_Outcome]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="slide-writer") as writer:
+            for result in embed(stream, self._batch_encoder, on_batch=self._note):
+                writing.append(writer.submit(self._settle, result))
+                while writing and (writing[0].done() or len(writing) > _MOST_UNWRITTEN):
+                    self._count(*writing.popleft().result(), left)
+            while writing:
+                self._count(*writing.popleft().result(), left)
+
+    def _taken(self, todo: Sequence[SlideSource], left: list[SlideSource]) -> Iterator[SlideSource]:
+        """Take the slides that nobody holds, as they are asked for; those that are held are put into `left`."""
+        folder = self._folder
+        for source in todo:
+            slide_id = source.slide_id
+            if (lease := folder.leases.acquire(slide_id)) is None:
+                left.append(source)
+                continue
+            news = folder.ledger.news(slide_id)
+            row = news if news is not None and news.status == "failed" else self._finished(source)
+            if row is not None:  # another process has done it, or tried it, since this one began
+                folder.leases.release(slide_id)
+                self._keep(row)
+                self._tell(row)
+                continue
+            if lease.generation:
+                logger.warning("%s: taken over from a process that gave no sign of life", slide_id)
+                folder.clear_leftovers(slide_id)
+            folder.clear(slide_id)
+            yield source
+
+    def _finished(self, source: SlideSource) -> Row | None:
+        """A slide's row, if nothing is left to do for it."""
+        row = self._folder.ledger.get(source.slide_id)
+        if (file := self._folder.finished(source)) is not None:
+            seconds = row.seconds if row is not None else 0.0
+            path = str(source.path.absolute())
+            ink_removed, alarms = (row.ink_removed, row.alarms) if row is not None else (0.0, "")
+            return Row(
+                *(source.slide_id, path, "done", file.n_tiles, file.meta.level0_mpp, seconds),
+                ink_removed=ink_removed,
+                alarms=alarms,
+            )
+        return row if self._folder.was_empty(source) else None
+
+    def _keep(self, row: Row) -> None:
+        self.n_kept_tiles += row.tiles
+        self.counts["failed" if row.status == "failed" else "skipped"] += 1
+
+    def _count(self, source: SlideSource, row: Row | None, left: list[SlideSource]) -> None:
+        if row is None:
+            left.append(source)
+            return
+        self.counts[row.status] += 1
+        self.n_new_tiles += row.tiles
+        self._tell(row)
+
+    def _tell(self, row: Row) -> None:
+        self._folder.ledger.set(row)
+        self._progress.advance(1, f"{row.slide_id}: {row.status}, {row.tiles} tiles")
+
+    def _settle(self, result: EmbeddedSlide | SlideFailure) -> _Outcome:
+        """Write what came of a slide, and let it go."""
+        source = result.source if isinstance(result, SlideFailure) else result.prepared.source
+        leases = self._folder.leases
+        if not leases.holds(source.slide_id):
+            return self._lost(source)
+        try:
+            row = self._failed(result) if isinstance(result, SlideFailure) else self._finish(result)
+            self._folder.ledger.record(row)
+        except FileNotFoundError:  # who takes a slide over clears what was being written
+            if leases.holds(source.slide_id):
+                raise
+            return self._lost(source)
+        leases.release(source.slide_id)
+        return source, row
+
+    def _lost(self, source: SlideSource) -> _Outcome:
+        logger.warning("%s: taken over by another process, as this one gave no sign of life for long", source.slide_id)
+        self._folder.leases.release(source.slide_id)
+        return source, None
+
+    def _finish(self, embedded: EmbeddedSlide) -> Row:
+        """Write what there is of a slide; its feature file last, as that one says that the slide is done."""
+        prepared, begun = embedded.prepared, time.perf_counter()
+        slide_id, n_tiles = prepared.source.slide_id, len(prepared.grid)
+        try:
+            self._folder.write_outlines(prepared)
+            if n_tiles:
+                path, digest = self._folder.features(slide_id), self._folder.digest
+                write_embedded(path, embedded, encoder=self._encoder, preprocessing_digest=digest)
+        except FeatureFileError as error:
+            self._folder.clear(slide_id)
+            return self._failed(SlideFailure(prepared.source, error))
+        write_seconds = time.perf_counter() - begun
+        for stage, seconds in (asdict(embedded.seconds) | {"write": write_seconds}).items():
+            self.seconds[stage] += seconds
+        seconds = embedded.seconds.total + write_seconds
+        status = "done" if n_tiles else "empty"
+        logger.info("%s: %s, %d tiles, %.1f s", slide_id, status, n_tiles, seconds)
+        path, tissue = str(prepared.source.path.absolute()), prepared.tissue
+        for alarm in tissue.alarms:
+            logger.warning("%s: %s", slide_id, alarm)
+        if tissue.ink_fraction:
+            logger.info("%s: pen ink on %.2f of the thumbnail", slide_id, tissue.ink_fraction)
+        return Row(
+            *(slide_id, path, status, n_tiles, prepared.slide.mpp, round(seconds, 3)),
+            ink_removed=round(tissue.ink_removed, 4),
+            alarms="; ".join(tissue.alarms),
+        )
+
+    def _failed(self, failure: SlideFailure) -> Row:
+        source, error = failure.source, failure.error
+        # Anything but the expected errors is a bug in reading this slide: its trace belongs in the log.
+        trace = None if isinstance(error, (SlideError, FeatureFileError, OSError)) else error
+        logger.warning("%s: failed: %s", source.slide_id, error, exc_info=trace)
+        text = str(error) or type(error).__name__
+        return Row(source.slide_id, str(source.path.absolute()), "failed", error=text)
+
+    def _note(self, batch: TileBatch) -> None:
+        self._progress.advance(0, f"{batch.prepared.source.slide_id}: {batch.stop} of {len(batch.prepared.grid)} tiles")
