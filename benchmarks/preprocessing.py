@@ -53,7 +53,7 @@ def compose(source: Path, out: Path, *, side_px: int, n_slides: int) -> list[Pat
         part = np.asarray(slide.read_region((900, 1900), 0, (BLOCK_PX // 2, BLOCK_PX // 2)).convert("RGB"))
     block = np.block([[[part], [part[:, ::-1]]], [[part[::-1]], [part[::-1, ::-1]]]])  # seamless when repeated
     paths = [out / f"slide{number:02d}.tif" for number in range(n_slides)]
-    write_levels(paths[0], mosaic_levels(block, side_px), mpp=MPP)
+    write_levels(paths[0], mosaic_levels(block, side_px), mpp=MPP, description="Synthetic: repeated tissue.")
     for path in paths[1:]:
         shutil.copyfile(paths[0], path)
     return paths

@@ -167,7 +167,7 @@ class _Demo:
             features=features,
             out=out,
             outlines=outlines,
-            outline_label="planted lesion",
+            outline_label="planted lesion (synthetic)",
             thumbnail_mpp=2.0,  # the slides are small
             device=self.config.device,
         )

@@ -38,6 +38,7 @@ DEFAULT_DIFFICULTY = 0.5
 __all__ = ["DEFAULT_DIFFICULTY", "PlantedCohort", "compose_cohort", "plan_cohort", "tile_lesion_fraction"]
 
 SLIDE_MPP = 0.5
+DESCRIPTION = "Synthetic test slide of acmil: texture of CMU-1-Small-Region, planted lesions, no medical meaning."
 NEGATIVE, POSITIVE = LABELS = ("normal", "planted")
 SLIDES_PER_CASE = 2
 
@@ -230,7 +231,7 @@ class SlideComposer:
         image, plan = compose_slide(self.parts[name], self.stamps[name], look, severity=severity, rng=rng)
         for folder in ("slides", "lesions"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP)
+        write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP, description=DESCRIPTION)
         outlines = lesion_outlines(plan) if slide.label == POSITIVE else []
         (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(
             json.dumps(outlines_geojson(outlines)), encoding="utf-8"

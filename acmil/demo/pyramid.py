@@ -45,7 +45,7 @@ class TiledLevel:
     tiles: Iterable[bytes]
 
 
-def write_pyramid(path: Path, image: np.ndarray, *, mpp: float, quality: int = 85) -> None:
+def write_pyramid(path: Path, image: np.ndarray, *, mpp: float, description: str, quality: int = 85) -> None:
     """Write an image as a pyramidal TIFF of JPEG tiles; the same image gives the same bytes.
 
     The levels halve as long as both sides keep 512 px. Resolution stands in the tags `XResolution` and `YResolution`
@@ -55,22 +55,24 @@ def write_pyramid(path: Path, image: np.ndarray, *, mpp: float, quality: int = 8
         path: File to write.
         image: RGB uint8 (h, w, 3).
         mpp: Level-0 resolution in µm/px.
+        description: What the image is, ASCII, for the tag `ImageDescription`.
         quality: JPEG quality, 1 to 95.
     """
     levels = (
         TiledLevel(pixels.shape[1], pixels.shape[0], 2**level, _jpeg_tiles(pixels, quality))
         for level, pixels in enumerate(_levels(image))
     )
-    write_levels(path, levels, mpp=mpp)
+    write_levels(path, levels, mpp=mpp, description=description)
 
 
-def write_levels(path: Path, levels: Iterable[TiledLevel], *, mpp: float) -> None:
+def write_levels(path: Path, levels: Iterable[TiledLevel], *, mpp: float, description: str) -> None:
     """Write levels of compressed tiles as a pyramidal TIFF; equal tiles are stored once.
 
     Args:
         path: File to write, below 4 GiB.
         levels: From the finest on.
         mpp: Level-0 resolution in µm/px.
+        description: What the image is, ASCII, for the tag `ImageDescription`.
     """
     places: dict[bytes, int] = {}
     with path.open("wb") as file:
@@ -84,7 +86,7 @@ def write_levels(path: Path, levels: Iterable[TiledLevel], *, mpp: float) -> Non
                     file.write(tile)
                 offsets.append(places[tile])
                 sizes.append(len(tile))
-            link = _write_directory(file, _tags(level, mpp * level.downsample, offsets, sizes), link)
+            link = _write_directory(file, _tags(level, mpp * level.downsample, description, offsets, sizes), link)
 
 
 def jpeg_tile(tile: np.ndarray, quality: int = 85) -> bytes:
@@ -111,7 +113,7 @@ def _jpeg_tiles(image: np.ndarray, quality: int) -> Iterator[bytes]:
             yield jpeg_tile(padded[top : top + TILE_PX, left : left + TILE_PX], quality)
 
 
-def _tags(level: TiledLevel, mpp: float, offsets: Sequence[int], sizes: Sequence[int]) -> list[_Tag]:
+def _tags(level: TiledLevel, mpp: float, description: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[_Tag]:
     resolution = (round(_UM_PER_CM / mpp * 1000), 1000)  # px per cm as a fraction
     return [
         (254, _LONG, [0 if level.downsample == 1 else 1]),  # NewSubfileType: 1 is a reduced image
@@ -120,6 +122,7 @@ def _tags(level: TiledLevel, mpp: float, offsets: Sequence[int], sizes: Sequence
         (258, _SHORT, [8, 8, 8]),  # BitsPerSample
         (259, _SHORT, [_JPEG]),
         (262, _SHORT, [_YCBCR]),
+        (270, _ASCII, description.encode("ascii") + b"\0"),  # ImageDescription
         (277, _SHORT, [3]),  # SamplesPerPixel
         (282, _RATIONAL, resolution),
         (283, _RATIONAL, resolution),

@@ -129,6 +129,8 @@ def test_lesions_make_up_three_to_ten_percent_of_the_tiles(cohort: PlantedCohort
         with Slide.open(path) as slide:
             grid = tile_grid(slide, find_tissue(slide), tile_px=224, tile_mpp=0.5, min_tissue=MIN_TISSUE)
         assert grid.tile_level0_px == 224
+        with openslide.OpenSlide(path) as native:
+            assert native.properties["tiff.ImageDescription"].startswith("Synthetic test slide")
         assert 50 <= len(grid.coords) <= 90
         share = tile_lesion_fraction(cohort.lesions / f"{row.slide_id}.geojson", grid.coords, 224)
         if row.label == "planted":
@@ -219,8 +221,8 @@ def test_stains_are_a_basis() -> None:
 def test_pyramid_holds_the_image(tmp_path: Path) -> None:
     y, x = np.mgrid[0:1030, 0:1290]
     image = np.stack([x // 6, y // 5, np.full_like(x, 90)], axis=-1).astype(np.uint8)
-    write_pyramid(tmp_path / "a.tif", image, mpp=0.25)
-    write_pyramid(tmp_path / "b.tif", image, mpp=0.25)
+    write_pyramid(tmp_path / "a.tif", image, mpp=0.25, description="A test.")
+    write_pyramid(tmp_path / "b.tif", image, mpp=0.25, description="A test.")
     assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
     with openslide.OpenSlide(tmp_path / "a.tif") as slide:
         assert slide.level_dimensions == ((1290, 1030), (645, 515))
