@@ -183,7 +183,7 @@ def arm_bare(options: argparse.Namespace) -> dict[str, Any]:
     else:
         tiles = tiles.to(encoder.device)
     if options.compile:
-        encoder.model = torch.compile(encoder.model)
+        encoder.compile()
     for _ in range(4):
         encoder(tiles)
     n_batches = max(8, options.bare_tiles // options.batch_size)

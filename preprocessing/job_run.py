@@ -207,14 +207,15 @@ class JobRun:
         status = "done" if n_tiles else "empty"
         logger.info("%s: %s, %d tiles, %.1f s", slide_id, status, n_tiles, seconds)
         path, tissue = str(prepared.source.path.absolute()), prepared.tissue
-        for alarm in tissue.alarms:
+        alarms = tissue.alarms if n_tiles else (*tissue.alarms, _why_empty(prepared))
+        for alarm in alarms:
             logger.warning("%s: %s", slide_id, alarm)
         if tissue.ink_fraction:
             logger.info("%s: pen ink on %.2f of the thumbnail", slide_id, tissue.ink_fraction)
         return Row(
             *(slide_id, path, status, n_tiles, prepared.slide.mpp, round(seconds, 3)),
             ink_removed=round(tissue.ink_removed, 4),
-            alarms="; ".join(tissue.alarms),
+            alarms="; ".join(alarms),
         )
 
     def _failed(self, failure: SlideFailure) -> Row:
@@ -227,3 +228,11 @@ class JobRun:
 
     def _note(self, batch: TileBatch) -> None:
         self._progress.advance(0, f"{batch.prepared.source.slide_id}: {batch.stop} of {len(batch.prepared.grid)} tiles")
+
+
+def _why_empty(prepared: PreparedSlide) -> str:
+    """Say why a slide has no tile."""
+    slide, side = prepared.slide, prepared.grid.tile_level0_px
+    if min(slide.width, slide.height) < side:
+        return f"no tile: the slide is {slide.width} x {slide.height} px, smaller than a tile of {side} level-0 px"
+    return "no tile holds enough tissue"

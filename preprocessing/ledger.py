@@ -54,7 +54,6 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_EARLIER_COLUMNS = COLUMNS[:7]  # of tables from before ink and alarms
 
 
 class Ledger:
@@ -156,7 +155,7 @@ def _cell(value: str | float | None) -> str:
 def _read(path: Path) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in (COLUMNS, _EARLIER_COLUMNS):
+        if tuple(reader.fieldnames or ()) != COLUMNS:
             raise LedgerError(
                 f"slides.csv must have the columns {','.join(COLUMNS)}, got {reader.fieldnames} ({path}). "
                 "Choose another --out, or remove the file: finished slides are found again by their feature files."

@@ -98,3 +98,25 @@ def test_the_wheel_works_in_a_fresh_environment_outside_the_tree(wheel, tmp_path
         [environment / "bin" / "acmil", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
     assert "heatmap" in help_text
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_two_commands_install_once(tmp_path, target):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+
+    def planned() -> str:
+        return subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    first = planned()
+    assert "-m venv .venv" in first
+    assert "--constraint constraints.txt --editable" in first
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    assert "pip" not in planned()
+    assert {"demo": "acmil demo --out demo", "test": "-m pytest"}[target] in planned()
+
+
+def test_ci_calls_lint_and_test():
+    lines = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[-2:] == ["make lint", "make test"]

@@ -104,6 +104,7 @@ def test_bad_slides_are_rows_and_the_rest_goes_on(preprocess, tmp_path, capsys):
     assert "--mpp-override" in rows["without_mpp"]["error"]
     assert "352" in rows["absurd"]["error"]
     assert "text" in rows["text"]["error"]
+    assert "the slide is 16 x 16 px, smaller than a tile of" in rows["small"]["alarms"]
 
 
 def test_the_mend_for_missing_mpp_works(preprocess, tmp_path):
