@@ -80,7 +80,7 @@ def test_edited_outlines_decide_the_tiles_and_an_edit_is_done_anew(
     summary = preprocess(configured(*slides, tissue_from=edited))
     assert (summary.done, summary.empty, summary.skipped, summary.failed) == (1, 1, 1, 1)
     assert open_feature_file(job / "features/a.h5").coords().tolist() == [[0, 0]]
-    assert rows(job)["d"]["alarms"].endswith("of the slide is tissue")
+    assert rows(job)["d"]["alarms"] == "only 0.00% of the slide is tissue; no tile holds enough tissue"
     outline(edited, "d", 0, 0, 64, 64)
     assert preprocess(configured(*slides, tissue_from=edited)).done == 1
     with pytest.raises(JobError, match="tissue_from: outlines → None"):
