@@ -137,7 +137,7 @@ def _numbers(config: PreprocessConfig, encoder: Encoder) -> dict[str, Any]:
     """Every option that changes the numbers, as in force."""
     names = (
         *("tile_px", "tile_mpp", "overlap_px", "min_tissue", "mpp_override"),
-        *("tissue_mpp", "tissue", "remove_ink", "reader", "feature_dtype"),
+        *("tissue_mpp", "tissue", "remove_ink", "reader", "feature_dtype", "compile"),
     )
     return {
         "encoder": encoder.name,
@@ -145,7 +145,6 @@ def _numbers(config: PreprocessConfig, encoder: Encoder) -> dict[str, Any]:
         "precision": encoder.precision,
         **{name: getattr(config, name) for name in names},
         "tissue_from": None if config.tissue_from is None else "outlines",  # each slide's are compared by themselves
-        **({"compile": True} if config.compile else {}),  # rounds otherwise; left out, it keeps earlier jobs' digests
     }
 
 

@@ -106,7 +106,8 @@ class Leases:
             is_same = os.path.samestat(held.path.stat(), os.fstat(held.descriptor))
         except FileNotFoundError:
             return False
-        return is_same and self._path(slide_id, self._generations(slide_id)[-1]) == held.path
+        generations = self._generations(slide_id)
+        return is_same and bool(generations) and self._path(slide_id, generations[-1]) == held.path
 
     def release(self, slide_id: str) -> None:
         """Let a slide go, if it is still held."""
