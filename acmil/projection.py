@@ -2,10 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from acmil.attention_maps import relative_attention
 from acmil.bags import BagDataset
@@ -88,7 +91,22 @@ def project(features: np.ndarray, *, n_neighbors: int = 15, min_dist: float = 0.
     reduced = _reduce(np.asarray(features, dtype=np.float32), seed)
     # With a seed UMAP runs on one thread anyway; saying so keeps it from warning.
     reducer = _umap_class()(n_neighbors=n_neighbors, min_dist=min_dist, init="pca", random_state=seed, n_jobs=1)
-    return np.asarray(reducer.fit_transform(reduced), dtype=np.float32)
+    with _torch_threads_kept():
+        return np.asarray(reducer.fit_transform(reduced), dtype=np.float32)
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Give torch its number of threads back: numba, which UMAP runs on, sets that of the OpenMP they may share.
+
+    With another number torch picks other code for a layer, and the last bits of features are others (measured: a 1x1
+    convolution of fewer than 16 images).
+    """
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _umap_class() -> type["UMAP"]:

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.image import imread
 
 from acmil.config import UmapConfig
@@ -33,6 +34,16 @@ def test_the_random_rest_is_uniform():
         counts[sample_instances(attention, tiles=8, generator=generator)] += 1
     np.testing.assert_array_equal(counts[-2:], 2000)
     np.testing.assert_allclose(counts[:-2] / 2000, 6 / 38, atol=0.04)
+
+
+def test_torch_keeps_its_number_of_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        project(np.random.default_rng(0).random((60, 5), np.float32), n_neighbors=5)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_small_slides_are_taken_whole():
