@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -36,17 +36,20 @@ class EmbeddedSlide:
     Attributes:
         prepared: The slide and its tiles.
         features: (N, D) float16 or float32, in the order of the tiles; (0, 0) for a slide without tiles.
+        quality: (N, Q) float32, what the stream's `examine` says of the tiles; None without it or without tiles.
         seconds: What it took.
     """
 
     prepared: PreparedSlide
     features: np.ndarray
+    quality: np.ndarray | None
     seconds: SlideSeconds
 
 
 @dataclass
 class _Partial:
     features: np.ndarray  # (N, D), filled from the front
+    quality: list[np.ndarray] = field(default_factory=list)  # (B, Q) each
     read_seconds: float = 0.0
     embed_seconds: float = 0.0
 
@@ -83,7 +86,7 @@ def embed(
             partials.pop(event.source.slide_id, None)
             yield event
         elif isinstance(event, PreparedSlide):
-            yield EmbeddedSlide(event, np.empty((0, 0), np.float32), SlideSeconds(tissue=event.seconds))
+            yield EmbeddedSlide(event, np.empty((0, 0), np.float32), None, SlideSeconds(tissue=event.seconds))
         elif pending is not None:
             under_way = (event, pending)
 
@@ -127,9 +130,12 @@ def _handed_out(
         partials[slide_id] = _Partial(np.empty((n_slide_tiles, features.shape[1]), features.dtype))
     partial = partials[slide_id]
     partial.features[batch.start : batch.stop] = features
+    if batch.quality is not None:
+        partial.quality.append(batch.quality)
     partial.read_seconds += batch.seconds
     partial.embed_seconds += embed_seconds
     if batch.stop == n_slide_tiles:
         del partials[slide_id]
         seconds = SlideSeconds(prepared.seconds, partial.read_seconds, partial.embed_seconds)
-        yield EmbeddedSlide(prepared, partial.features, seconds)
+        quality = np.concatenate(partial.quality) if partial.quality else None
+        yield EmbeddedSlide(prepared, partial.features, quality, seconds)

@@ -22,6 +22,7 @@ from acmil.preprocessing.slide_list import SlideSource
 T = TypeVar("T")
 
 _RUN_TILES = 8  # tiles that a thread reads in one go: few enough to share a slide out, many enough to cost no overhead
+_MOST_BYTES_AHEAD = 1 << 30  # pixels that are being read or wait for the encoder
 _SLIDES_AHEAD = 2  # slides that are being opened and searched for tissue while one is read
 
 
@@ -34,6 +35,7 @@ class TileBatch:
         start: The first of the tiles in the slide's grid.
         stop: One beyond the last.
         tiles: (stop - start, tile_px, tile_px, 3) uint8 RGB.
+        quality: (stop - start, Q) float32, what `examine` says of them; None without it.
         seconds: What reading them took.
     """
 
@@ -41,6 +43,7 @@ class TileBatch:
     start: int
     stop: int
     tiles: np.ndarray
+    quality: np.ndarray | None
     seconds: float
 
 
@@ -61,13 +64,22 @@ def _new_tiles(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class _Read:
+    """What reading a run left beside its tiles: (n, Q) of `examine`, and the seconds it took."""
+
+    quality: np.ndarray | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class _Run:
-    """Tiles of one batch up to `stop`, read by a thread; the result is the tiles (n, h, w, 3) and the seconds."""
+    """Tiles of one batch up to `stop`, which a thread reads into their place in the batch's array."""
 
     prepared: PreparedSlide
     stop: int
-    batch_stop: int
-    result: Future[tuple[np.ndarray, float]]
+    batch_start: int
+    batch_tiles: np.ndarray  # (B, tile_px, tile_px, 3)
+    result: Future[_Read]
 
 
 class TileStream:
@@ -76,7 +88,7 @@ class TileStream:
     Yields, slide after slide, `TileBatch`es of `batch_size` tiles (a slide's last one may hold fewer), a
     `PreparedSlide` for each slide without tiles, and a `SlideFailure` for each slide that failed. Tiles of a failed
     slide may have been in earlier batches; none comes after the failure. At most about two batches of tiles are held
-    beyond the one yielded.
+    beyond the one yielded, and a bounded number of bytes.
 
     Args:
         sources: The slides; asked for one by one, shortly before they are opened.
@@ -84,6 +96,9 @@ class TileStream:
         batch_size: Tiles in a batch.
         workers: Reader threads.
         allocate: Makes the array of a batch, of the shape given; pages that a GPU reads directly, for instance.
+        examine: Measures tiles (n, h, w, 3) as they were read: (n, Q) float32. Called in the reader threads.
+        transform: Turns tiles (n, h, w, 3) of a slide into those that the encoder gets, of the same shape, uint8.
+            Called in the reader threads, after `examine`.
     """
 
     def __init__(
@@ -94,9 +109,13 @@ class TileStream:
         batch_size: int,
         workers: int,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_tiles,
+        examine: Callable[[np.ndarray], np.ndarray] | None = None,
+        transform: Callable[[PreparedSlide, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._sources = sources
         self._allocate = allocate
+        self._examine = examine
+        self._transform = transform
         self._prepare = prepare
         self._batch_size = batch_size
         self._workers = workers
@@ -110,29 +129,22 @@ class TileStream:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[StreamEvent]:
-        waiting: list[tuple[np.ndarray, float]] = []  # runs of one batch: tiles (n, h, w, 3), seconds
+        done: list[_Read] = []  # runs of one batch
         for item in self._ahead(pool):
             if not isinstance(item, _Run):
                 yield item
                 continue
             outcome = self._taken(item)
             if isinstance(outcome, SlideFailure):
-                waiting = []
+                done = []
                 yield outcome
             elif outcome is not None:
-                waiting.append(outcome)
-                if item.stop == item.batch_stop:
-                    yield self._batch(item, waiting)
-                    waiting = []
+                done.append(outcome)
+                if item.stop == item.batch_start + len(item.batch_tiles):
+                    yield _batch(item, done)
+                    done = []
 
-    def _batch(self, last: _Run, runs: list[tuple[np.ndarray, float]]) -> TileBatch:
-        start = (last.batch_stop - 1) // self._batch_size * self._batch_size
-        n_tiles = last.batch_stop - start
-        tiles = self._allocate((n_tiles, *runs[0][0].shape[1:]))
-        np.concatenate([run_tiles for run_tiles, _ in runs], out=tiles)
-        return TileBatch(last.prepared, start, last.batch_stop, tiles, sum(seconds for _, seconds in runs))
-
-    def _taken(self, run: _Run) -> tuple[np.ndarray, float] | SlideFailure | None:
+    def _taken(self, run: _Run) -> _Read | SlideFailure | None:
         """Wait for a run's tiles; None if its slide has failed before."""
         source = run.prepared.source
         if source.slide_id in self._failed:
@@ -148,25 +160,47 @@ class TileStream:
 
     def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Run | PreparedSlide | SlideFailure]:
         """Keep runs of about two batches with the threads while the ones before are taken back, in order."""
-        limit = 2 * -(-self._batch_size // _RUN_TILES) + self._workers
+        most_runs = 2 * -(-self._batch_size // _RUN_TILES) + self._workers
         queue: deque[_Run | PreparedSlide | SlideFailure] = deque()
         for item in self._runs(pool):
             queue.append(item)
-            if len(queue) > limit:
+            limit = min(most_runs, _runs_in_bytes(item)) if isinstance(item, _Run) else most_runs
+            while len(queue) > limit:
                 yield queue.popleft()
         while queue:
             yield queue.popleft()
 
     def _runs(self, pool: ThreadPoolExecutor) -> Iterator[_Run | PreparedSlide | SlideFailure]:
-        """Hand each slide's tiles to the threads, run by run, as they are asked for."""
+        """Hand the tiles of all slides to the threads."""
         for item in self._prepared(pool):
             if isinstance(item, SlideFailure) or not len(item.grid):
                 yield item
-                continue
-            for start, stop, batch_stop in _run_borders(len(item.grid), self._batch_size):
-                if item.source.slide_id in self._failed:
-                    break
-                yield _Run(item, stop, batch_stop, pool.submit(_read, item, start, stop))
+            else:
+                yield from self._runs_of(item, pool)
+
+    def _runs_of(self, prepared: PreparedSlide, pool: ThreadPoolExecutor) -> Iterator[_Run]:
+        """Hand a slide's tiles to the threads, run by run, as they are asked for; no more once one has failed."""
+        n_tiles, side = len(prepared.grid), prepared.grid.tile_px
+        for first in range(0, n_tiles, self._batch_size):
+            batch_stop = min(first + self._batch_size, n_tiles)
+            tiles = self._allocate((batch_stop - first, side, side, 3))
+            for start in range(first, batch_stop, _RUN_TILES):
+                if prepared.source.slide_id in self._failed:
+                    return
+                stop = min(start + _RUN_TILES, batch_stop)
+                place = tiles[start - first : stop - first]
+                yield _Run(prepared, stop, first, tiles, pool.submit(self._read, prepared, start, place))
+
+    def _read(self, prepared: PreparedSlide, start: int, tiles: np.ndarray) -> _Read:
+        """Read the tiles of a slide from number `start` on into `tiles` (n, tile_px, tile_px, 3) uint8."""
+        begun = time.perf_counter()
+        grid = prepared.grid
+        for tile, (x, y) in zip(tiles, grid.coords[start : start + len(tiles)].tolist(), strict=True):
+            tile[:] = prepared.slide.read_tile(x, y, size_level0_px=grid.tile_level0_px, out_px=grid.tile_px)
+        quality = None if self._examine is None else self._examine(tiles)
+        if self._transform is not None:
+            tiles[:] = self._transform(prepared, tiles)
+        return _Read(quality, time.perf_counter() - begun)
 
     def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[PreparedSlide | SlideFailure]:
         """Have the next slides prepared while one is read; a slide without tiles is closed at once."""
@@ -187,23 +221,18 @@ class TileStream:
             yield outcome
 
 
-def _run_borders(n_tiles: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a slide into batches, and these into runs: start and stop of each run, and its batch's stop."""
-    for batch_start in range(0, n_tiles, batch_size):
-        batch_stop = min(batch_start + batch_size, n_tiles)
-        for start in range(batch_start, batch_stop, _RUN_TILES):
-            yield start, min(start + _RUN_TILES, batch_stop), batch_stop
+def _runs_in_bytes(run: _Run) -> int:
+    """Number of runs of this size whose pixels may be held at a time, at least one."""
+    run_bytes = _RUN_TILES * run.batch_tiles[0].nbytes
+    return max(1, _MOST_BYTES_AHEAD // run_bytes)
 
 
-def _read(prepared: PreparedSlide, start: int, stop: int) -> tuple[np.ndarray, float]:
-    """Read some tiles of a slide: (n, tile_px, tile_px, 3) uint8, and the seconds it took."""
-    begun = time.perf_counter()
-    grid = prepared.grid
-    tiles = [
-        prepared.slide.read_tile(int(x), int(y), size_level0_px=grid.tile_level0_px, out_px=grid.tile_px)
-        for x, y in grid.coords[start:stop]
-    ]
-    return np.stack(tiles), time.perf_counter() - begun
+def _batch(last: _Run, done: list[_Read]) -> TileBatch:
+    """A batch whose runs have all been read, by its last one."""
+    parts = [read.quality for read in done if read.quality is not None]
+    quality = np.concatenate(parts) if parts else None  # (B, Q)
+    seconds = sum(read.seconds for read in done)
+    return TileBatch(last.prepared, last.batch_start, last.stop, last.batch_tiles, quality, seconds)
 
 
 def _outcome(future: Future[T]) -> T | Exception:

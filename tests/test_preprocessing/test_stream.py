@@ -178,3 +178,31 @@ def test_a_consumer_that_stops_leaves_no_threads():
     events.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("slide-reader")]
     assert cohort.n_reads() < 200
+
+
+def test_tiles_are_examined_as_read_and_then_transformed():
+    cohort = Cohort([3, 22])
+    stream = TileStream(
+        *(cohort.sources, cohort.prepare),
+        batch_size=10,
+        workers=3,
+        examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32),
+        transform=lambda prepared, tiles: 200 - tiles - (prepared.source.slide_id == "s1"),
+    )
+    for batch in stream:
+        number = np.arange(batch.start, batch.stop)
+        np.testing.assert_array_equal(batch.quality, np.stack([number, number], axis=1))
+        expected = 200 - number - (batch.prepared.source.slide_id == "s1")
+        np.testing.assert_array_equal(batch.tiles[:, 1, 2, 1], expected)
+
+
+def test_the_bytes_of_tiles_ahead_are_bounded(monkeypatch):
+    from acmil.preprocessing import stream as module
+
+    monkeypatch.setattr(module, "_MOST_BYTES_AHEAD", 2 * 8 * TILE_PX * TILE_PX * 3)  # two runs
+    cohort = Cohort([240])
+    batches = iter(cohort.stream(batch_size=80, workers=4))
+    next(batches)
+    time.sleep(0.05)
+    assert cohort.n_reads() <= 80 + 3 * 8
+    assert sum(len(batch.tiles) for batch in batches) == 160
