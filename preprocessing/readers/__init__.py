@@ -1,5 +1,6 @@
 """What `Slide` asks of a library that reads slide files: one module a library, all behind one protocol."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -79,9 +80,10 @@ class SlideReader(Protocol):
 def open_reader(path: Path, *, slide_id: str, reader: ReaderName = "auto") -> SlideReader:
     """Open a slide file with the reader asked for.
 
-    "auto" takes OpenSlide for every format that it knows, and Pillow for PNG, JPEG, BMP and the TIFFs that OpenSlide
-    knows not or, of no vendor's format, cannot open. The file's ending must be an image's for that: MIRAX slides are
-    JPEG files too, whose picture is an overview.
+    "auto" takes OpenSlide for every format that it knows, with the JPEG tiles of Aperio's slides and of generic
+    pyramids decoded directly (`tiff.py`), and Pillow for PNG, JPEG, BMP and the TIFFs that OpenSlide knows not or, of
+    no vendor's format, cannot open. The file's ending must be an image's for that: MIRAX slides are JPEG files too,
+    whose picture is an overview.
 
     Raises:
         SlideError: If the file is missing or cannot be opened.
@@ -89,6 +91,7 @@ def open_reader(path: Path, *, slide_id: str, reader: ReaderName = "auto") -> Sl
     # Here, as each of them pulls its library in.
     from acmil.preprocessing.readers.openslide import OpenSlideReader, detected_format
     from acmil.preprocessing.readers.pillow import PillowReader
+    from acmil.preprocessing.readers.tiff import VENDORS, TiffReader
 
     if reader == "cucim":
         from acmil.preprocessing.readers.cucim import CucimReader
@@ -100,7 +103,7 @@ def open_reader(path: Path, *, slide_id: str, reader: ReaderName = "auto") -> Sl
     if is_image and detected_format(path) is None:
         return PillowReader(path, slide_id=slide_id)
     try:
-        return OpenSlideReader(path, slide_id=slide_id)
+        opened = OpenSlideReader(path, slide_id=slide_id)
     except SlideError as error:
         if not is_image or detected_format(path) != "generic-tiff":
             raise
@@ -108,6 +111,8 @@ def open_reader(path: Path, *, slide_id: str, reader: ReaderName = "auto") -> Sl
             return PillowReader(path, slide_id=slide_id)
         except SlideError as second:
             raise error from second
+    is_direct = reader == "auto" and opened.facts.vendor in VENDORS and hasattr(os, "pread")
+    return TiffReader(opened, path=path) if is_direct else opened
 
 
 def within(left: int, top: int, width: int, height: int, *, size: tuple[int, int]) -> Rectangle | None:

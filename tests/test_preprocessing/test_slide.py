@@ -249,7 +249,7 @@ def test_four_threads_read_what_one_reads(shared_data):
 
 
 def test_close_lets_the_file_go_and_reading_is_refused(tmp_path, write_slide):
-    slide = Slide.open(write_slide(tmp_path / "a.tiff", noise(64, 64), downsamples=(1,)))
+    slide = Slide.open(write_slide(tmp_path / "a.tiff", noise(64, 64), downsamples=(1,)), reader="openslide")
     handle = weakref.ref(slide._reader._handle)
     slide.close()
     slide.close()
