@@ -11,6 +11,10 @@ from acmil.preprocessing.encoders import Encoder, EncoderError
 
 logger = logging.getLogger(__name__)
 
+# On a CPU: as fast as 64, and fresh memory, which costs more than the first batch's arithmetic, is a quarter of it
+# (`docs/experiments.md`).
+_MOST_TILES_ON_CPU = 16
+
 
 @dataclass(frozen=True)
 class PendingFeatures:
@@ -30,13 +34,14 @@ class BatchEncoder:
     Args:
         encoder: The network.
         feature_dtype: "float16" or "float32": type of the features returned.
-        batch_size: Tiles in a full batch; a compiled network gets no other number, as it is compiled for one.
+        batch_size: Tiles in a full batch, which a CPU takes 16 at a time; a compiled network gets no other number, as
+            it is compiled for one.
     """
 
     def __init__(self, encoder: Encoder, *, feature_dtype: str, batch_size: int) -> None:
         self._encoder = encoder
         self._dtype: torch.dtype = getattr(torch, feature_dtype)
-        self._most_tiles = batch_size
+        self._most_tiles = min(batch_size, _MOST_TILES_ON_CPU) if encoder.device.type == "cpu" else batch_size
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         """Make an uint8 array; for a GPU in page-locked memory, which it copies from while the CPU goes on."""
