@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from acmil.preprocessing.geometry import thumbnail_side_px
-from acmil.preprocessing.ink import pen_ink
+from acmil.preprocessing.ink import brightest_channel, pen_ink
 from acmil.preprocessing.readers import Rectangle
 from acmil.preprocessing.slide import Slide, Thumbnail
 from acmil.preprocessing.tissue_outlines import Polygon, fill, read_tissue_outlines, to_feature, trace
@@ -159,7 +159,7 @@ def glow_mask(image: np.ndarray) -> np.ndarray:
     The brightest channel, median-filtered, is cut at Otsu's threshold, kept within GLOW_FLOOR to GLOW_CEILING over the
     background, which is the level of the darkest hundredth, or black where even that is bright.
     """
-    glow = cv2.medianBlur(image.max(-1), 5)
+    glow = cv2.medianBlur(brightest_channel(image), 5)
     otsu, _ = cv2.threshold(glow, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     background = float(np.percentile(glow, 1))
     background = background if background < DARK_THUMBNAIL else 0.0
@@ -238,7 +238,7 @@ def _is_dark(bounds: Rectangle, thumbnail: Thumbnail) -> bool:
     left, top = int(bounds.x / thumbnail.downsample), int(bounds.y / thumbnail.downsample)
     right = math.ceil((bounds.x + bounds.width) / thumbnail.downsample)
     bottom = math.ceil((bounds.y + bounds.height) / thumbnail.downsample)
-    return bool(np.median(thumbnail.image[top:bottom, left:right].max(-1)) < DARK_THUMBNAIL)
+    return bool(np.median(brightest_channel(thumbnail.image[top:bottom, left:right])) < DARK_THUMBNAIL)
 
 
 def _preset_alarms(preset: TissuePreset, *, is_dark: bool) -> tuple[str, ...]:
