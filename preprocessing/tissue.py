@@ -25,7 +25,7 @@ SATURATION_CEILING = 30
 DARKEST_TISSUE = 32
 # The dark preset's guard: so much brighter than the background, of 255. Otsu alone keeps only the brightest nuclei.
 GLOW_FLOOR, GLOW_CEILING = 6, 12
-# A thumbnail whose median brightness is under this is no brightfield slide: stained tissue is at 100 and more.
+# A thumbnail that is mostly under this is no brightfield slide: stained tissue is at 100 and more.
 DARK_THUMBNAIL = 60
 
 LEAST_TISSUE, MOST_TISSUE = 0.01, 0.95  # Shares of the slide outside which someone should look.
@@ -238,7 +238,8 @@ def _is_dark(bounds: Rectangle, thumbnail: Thumbnail) -> bool:
     left, top = int(bounds.x / thumbnail.downsample), int(bounds.y / thumbnail.downsample)
     right = math.ceil((bounds.x + bounds.width) / thumbnail.downsample)
     bottom = math.ceil((bounds.y + bounds.height) / thumbnail.downsample)
-    return bool(np.median(brightest_channel(thumbnail.image[top:bottom, left:right])) < DARK_THUMBNAIL)
+    brightest = brightest_channel(thumbnail.image[top:bottom, left:right])
+    return 2 * np.count_nonzero(brightest < DARK_THUMBNAIL) > brightest.size
 
 
 def _preset_alarms(preset: TissuePreset, *, is_dark: bool) -> tuple[str, ...]:
