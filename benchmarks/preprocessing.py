@@ -2,6 +2,7 @@
 
     python benchmarks/preprocessing.py cpu --weights efficientnet-lite0.pth
     python benchmarks/preprocessing.py gpu --encoder vit_large_patch16_224
+    python benchmarks/preprocessing.py large --weights efficientnet-lite0.pth
 
 The slides are synthetic: real tissue (CMU-1-Small-Region, the sample `cmu-1-small-region`), repeated until they are
 large. Every arm embeds the same tiles of the same slides in a process of its own, from opening the slide to the file
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -116,6 +118,7 @@ def configuration(options: argparse.Namespace, out: Path) -> Any:
         device=options.device,
         precision=options.precision,
         previews=False,
+        reader=options.reader,
         **({"compile": True} if options.compile else {}),
     )
 
@@ -203,7 +206,14 @@ def arm_read(options: argparse.Namespace) -> dict[str, Any]:
 
     config = configuration(options, options.out)
     prepare = partial(
-        prepare_slide, tile_px=TILE_PX, tile_mpp=MPP, overlap_px=0, min_tissue=0.5, tissue_mpp=8.0, previews=False
+        prepare_slide,
+        tile_px=TILE_PX,
+        tile_mpp=MPP,
+        overlap_px=0,
+        min_tissue=0.5,
+        tissue_mpp=8.0,
+        previews=False,
+        reader=options.reader,
     )
     sources = list_slides(config.slides, mpp=None)
     stream = TileStream(sources, prepare, batch_size=options.batch_size, workers=options.workers)
@@ -239,7 +249,26 @@ def arm_timeline(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-ARMS = {"acmil": arm_acmil, "plain": arm_plain, "bare": arm_bare, "read": arm_read, "timeline": arm_timeline}
+def arm_layout(options: argparse.Namespace) -> dict[str, Any]:
+    """Opening, tissue and grid alone."""
+    from acmil.preprocessing.slide import Slide
+    from acmil.preprocessing.tiling import tile_grid
+    from acmil.preprocessing.tissue import find_tissue
+
+    begun = time.perf_counter()
+    with Slide.open(options.slides[0], reader=options.reader) as slide:
+        grid = tile_grid(slide, find_tissue(slide), tile_px=TILE_PX, tile_mpp=MPP)
+    return {"tiles": len(grid), "seconds": time.perf_counter() - begun}
+
+
+ARMS = {
+    "acmil": arm_acmil,
+    "plain": arm_plain,
+    "bare": arm_bare,
+    "read": arm_read,
+    "layout": arm_layout,
+    "timeline": arm_timeline,
+}
 
 
 def run_arm(arm: str, options: argparse.Namespace, *, out: Path, **changes: Any) -> dict[str, Any]:
@@ -255,7 +284,9 @@ def run_arm(arm: str, options: argparse.Namespace, *, out: Path, **changes: Any)
         raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     result["tiles_per_second"] = result["tiles"] / result["seconds"]
-    print(f"{arm} {changes}: {result['tiles_per_second']:.1f} tiles/s ({result['tiles']} tiles)", flush=True)
+    result["seconds"] = round(result["seconds"], 3)
+    speed, peak = f"{result['tiles_per_second']:.1f} tiles/s", f"{result['peak_gb']:.2f} GB at its peak"
+    print(f"{arm} {changes}: {speed} ({result['tiles']} tiles in {result['seconds']} s), {peak}", flush=True)
     return result
 
 
@@ -287,12 +318,12 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Compose the slides, run the arms in turns, and print the table as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["cpu", "gpu"])
+    parser.add_argument("command", choices=["cpu", "gpu", "large"])
     parser.add_argument("--encoder", default="tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, help="local weights; random ones if left out")
     parser.add_argument("--source", type=Path, help="CMU-1-Small-Region.svs; by default the sample")
-    parser.add_argument("--side-px", type=int, default=6000)
-    parser.add_argument("--n-slides", type=int, default=2)
+    parser.add_argument("--side-px", type=int, default=13_200, help="side of the slides; of `large` it is 100,000")
+    parser.add_argument("--n-slides", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
@@ -300,7 +331,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--result", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    options.precision, options.device = "auto", "cpu" if options.command == "cpu" else "cuda"
+    options.precision, options.device = "auto", "cuda" if options.command == "gpu" else "cpu"
+    if options.command == "large":
+        options.side_px, options.n_slides = 100_000, 1
+    options.reader = "auto"
     with tempfile.TemporaryDirectory() as folder:
         table = measured(options, Path(folder))
     shown = ("encoder", "side_px", "n_slides", "batch_size", "workers", "rounds", "compile", "device")
@@ -321,7 +355,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         options.weights = random_weights(options.encoder, folder / "random.pth")
     options.slides = compose(options.source, folder, side_px=options.side_px, n_slides=options.n_slides)
     options.reference = folder / "acmil"
-    return (on_cpu if options.command == "cpu" else on_gpu)(options, folder)
+    return {"cpu": on_cpu, "gpu": on_gpu, "large": on_a_large_slide}[options.command](options, folder)
 
 
 def random_weights(encoder: str, path: Path) -> Path:
@@ -348,14 +382,31 @@ def on_cpu(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "bare": run_arm("bare", options, out=folder / "bare"),
             "plain": run_arm("plain", options, out=folder / "plain"),
             "plain_kept": run_arm("plain", options, out=folder / "plain_kept", environment=MALLOC_SETTING),
+            "read, 1 thread": run_arm("read", options, out=folder / "read", workers=1),
+            "read with OpenSlide, 1 thread": run_arm(
+                "read", options, out=folder / "read", workers=1, reader="openslide"
+            ),
         }
         rounds.append({name: result["tiles_per_second"] for name, result in results.items()})
     ratios = {
         f"acmil / {other}": spread([speeds["acmil"] / speeds[other] for speeds in rounds])
         for other in ("plain", "plain_kept", "bare")
     }
+    own, openslide = "read, 1 thread", "read with OpenSlide, 1 thread"
+    ratios[f"{own} / {openslide}"] = spread([speeds[own] / speeds[openslide] for speeds in rounds])
     speeds = {name: spread([round_[name] for round_ in rounds]) for name in rounds[0]}
     return {"tiles_per_second": speeds, "ratios": ratios, "cosine": cosine(options, folder)}
+
+
+def on_a_large_slide(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of tissue and grid, then of the whole."""
+    layouts = [run_arm("layout", options, out=folder / "layout") for _ in range(options.rounds)]
+    whole = run_arm("acmil", options, out=folder / "acmil")
+    return {
+        "tissue and grid, s": spread([layout["seconds"] for layout in layouts]),
+        "tissue and grid, peak GB": spread([layout["peak_gb"] for layout in layouts]),
+        "whole": whole,
+    }
 
 
 def cosine(options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -383,7 +434,11 @@ def on_gpu(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     table["timeline"] = run_arm("timeline", few, out=folder / "timeline")
     one = argparse.Namespace(**vars(options) | {"slides": options.slides[:1]})
     table["read, 1 thread"] = run_arm("read", one, out=folder / "read", workers=1)
-    table[f"read, {options.workers} threads"] = run_arm("read", few, out=folder / "read")
+    for n_threads in (4, options.workers):
+        table[f"read, {n_threads} threads"] = run_arm("read", options, out=folder / "read", workers=n_threads)
+    table[f"read with OpenSlide, {options.workers} threads"] = run_arm(
+        "read", few, out=folder / "read", reader="openslide"
+    )
     return table
 
 
@@ -394,6 +449,7 @@ def main_arm(arm: str, text: str) -> None:
         values[name] = Path(values[name])
     values["slides"] = [Path(path) for path in values["slides"]]
     result = ARMS[arm](argparse.Namespace(**values))
+    result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
     print(json.dumps(result))
 
 
