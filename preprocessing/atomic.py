@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ _OLD_SECONDS = 3600.0  # no file here takes that long to write
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; put the file in its place once it is on the disk.
 
+    A folder can be made under that name as well: it takes the place of nothing, and its files are not flushed.
+
     Args:
         path: The file to write or replace. Its folder must exist.
 
@@ -25,12 +28,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{process_name()}{TEMPORARY_SUFFIX}"
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        if os.name == "posix" or not temporary.is_dir():  # elsewhere a folder cannot be opened to be flushed
+            _flush_to_disk(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened to be flushed
+    if os.name == "posix":
         _flush_to_disk(path.parent)
 
 
@@ -46,6 +50,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is gone already is fine."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed process left in `folder`; others may be writing theirs there now."""
     leftovers = list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
@@ -57,7 +69,7 @@ def remove_leftovers(folder: Path) -> None:
     probe.unlink()
     for leftover in leftovers:
         if has_ended(_writer(leftover)) or _is_old(leftover, now_seconds):
-            leftover.unlink(missing_ok=True)
+            remove(leftover)
 
 
 def _writer(temporary: Path) -> str:

@@ -53,9 +53,14 @@ class PreprocessConfig(BaseModel):
         None,
         description="Folder of <slide_id>.geojson, as a job writes and QuPath edits them, to use in place of finding.",
     )
+    stain_normalisation: Literal["none", "macenko", "reinhard"] = Field(
+        "none",
+        description="Bring the H&E colours of each slide, estimated once a slide, to fixed ones before encoding.",
+    )
     reader: Literal["auto", "openslide", "pillow", "cucim"] = Field(
         "auto",
-        description="Library that reads slides: auto takes OpenSlide, and Pillow for plain images; cucim is an extra.",
+        description="Library that reads slides: auto takes OpenSlide, decodes plain JPEG tiles itself, takes Pillow "
+        "for plain images; cucim is an extra.",
     )
     workers: int | None = Field(None, ge=1, le=256, description="Threads that read slides; by default one a core.")
     batch_size: int = Field(64, ge=1, le=65536, description="Tiles that the encoder gets at a time.")
@@ -68,6 +73,20 @@ class PreprocessConfig(BaseModel):
     )
     feature_dtype: Literal["float16", "float32"] = Field("float16", description="Type of the features on disk.")
     previews: bool = Field(True, description="Write a picture of each slide's tissue and tiles.")
+    save_tiles: Literal["none", "folder", "tar"] = Field(
+        "none",
+        description="Write the tiles as the encoder gets them: tiles/<slide_id>/x_y.jpg, or a tar a slide; slides that "
+        "were done without them are done again.",
+    )
+    tile_format: Literal["jpeg", "png"] = Field(
+        "jpeg", description="Format of the tiles' pictures: jpeg (quality 90) or png (lossless)."
+    )
+
+    @model_validator(mode="after")
+    def _stains_are_of_brightfield(self) -> Self:
+        if self.stain_normalisation != "none" and self.tissue == "dark":
+            raise ValueError(f"stain_normalisation must be none with tissue dark, got {self.stain_normalisation}.")
+        return self
 
     @model_validator(mode="after")
     def _overlap_is_less_than_a_tile(self) -> Self:

@@ -18,6 +18,7 @@ import numpy as np
 # A marker's tip is 300 µm and more. Dye specks, pigment, coal and vessels full of red cells are mostly narrower.
 STROKE_UM = 120.0
 _RIM_UM = 48.0  # How far a stroke's paler rim may reach over its dense part.
+_DENSE_COLD, _DENSE_COLD_MARGIN, _DENSE_RED = 0.6, 0.12, 0.9  # densities of red, of red over green, and of green
 _BLACKEST_INK = 16  # Darker than ink ever is: unlit edges of the scan.
 _BAND_PX = 1 << 16  # Pixels whose densities are computed at a time, in the processor's cache.
 _DENSITIES = -np.log((np.arange(256) + 1.0) / 256).astype(np.float32)  # (256,) of each intensity
@@ -43,6 +44,13 @@ def pen_ink(image: np.ndarray, *, pitch_um: float) -> np.ndarray:
     for dense, pale in ((_is_dense_cold, _is_pale_cold), (_is_dense_red, _is_pale_red), (_is_black, _is_grey)):
         _add_strokes(ink, image, dense, pale, pitch_um=pitch_um)
     return ink
+
+
+def ink_coloured(image: np.ndarray) -> np.ndarray:
+    """Mark what has the colour of dense ink in uint8 RGB (h, w, 3), however narrow: bool (h, w)."""
+    density = _density(image)
+    is_cold = _is_cold(density, least=_DENSE_COLD, margin=_DENSE_COLD_MARGIN)
+    return is_cold | _is_red(density, least=_DENSE_RED) | _is_black(image)
 
 
 def _add_strokes(ink: np.ndarray, image: np.ndarray, dense: _Colour, pale: _Colour, *, pitch_um: float) -> None:
@@ -82,7 +90,7 @@ def _density(image: np.ndarray) -> np.ndarray:
 
 
 def _is_dense_cold(image: np.ndarray) -> np.ndarray:
-    return _is_cold(_density(image), least=0.6, margin=0.12)
+    return _is_cold(_density(image), least=_DENSE_COLD, margin=_DENSE_COLD_MARGIN)
 
 
 def _is_pale_cold(image: np.ndarray) -> np.ndarray:
@@ -90,7 +98,7 @@ def _is_pale_cold(image: np.ndarray) -> np.ndarray:
 
 
 def _is_dense_red(image: np.ndarray) -> np.ndarray:
-    return _is_red(_density(image), least=0.9)
+    return _is_red(_density(image), least=_DENSE_RED)
 
 
 def _is_pale_red(image: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from acmil.preprocessing.leases import BEAT_SECONDS
 from acmil.preprocessing.prepare import PreparedSlide, prepare_slide
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide_list import list_slides
+from acmil.preprocessing.tile_images import TileStore
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,11 @@ def preprocess(
     if config.compile:
         encoder.compile()
     folder = JobFolder(
-        config.out, numbers=_numbers(config, encoder), outlines=config.tissue_from, beat_seconds=_beat_seconds
+        config.out,
+        numbers=_numbers(config, encoder),
+        outlines=config.tissue_from,
+        tiles=_tile_store(config),
+        beat_seconds=_beat_seconds,
     )
     workers = config.workers or _n_cores()
     in_force = {"device": str(encoder.device), "precision": encoder.precision, "workers": workers}
@@ -123,7 +128,15 @@ def _prepare(config: PreprocessConfig) -> partial[PreparedSlide]:
         tissue=config.tissue,
         remove_ink=config.remove_ink,
         tissue_from=config.tissue_from,
+        stain_normalisation=config.stain_normalisation,
     )
+
+
+def _tile_store(config: PreprocessConfig) -> TileStore | None:
+    """Where pictures of the tiles are to be written."""
+    if config.save_tiles == "none":
+        return None
+    return TileStore(config.out / "tiles", config.save_tiles, config.tile_format)
 
 
 def _warn_of_unusual_tiles(config: PreprocessConfig, encoder: Encoder) -> None:
@@ -137,7 +150,7 @@ def _numbers(config: PreprocessConfig, encoder: Encoder) -> dict[str, Any]:
     """Every option that changes the numbers, as in force."""
     names = (
         *("tile_px", "tile_mpp", "overlap_px", "min_tissue", "mpp_override"),
-        *("tissue_mpp", "tissue", "remove_ink", "reader", "feature_dtype", "compile"),
+        *("tissue_mpp", "tissue", "remove_ink", "reader", "feature_dtype", "compile", "stain_normalisation"),
     )
     return {
         "encoder": encoder.name,

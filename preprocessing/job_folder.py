@@ -11,15 +11,20 @@ from typing import Any
 import cv2
 import yaml
 
-from acmil.preprocessing.atomic import TEMPORARY_SUFFIX, remove_leftovers, write_bytes, write_text
+from acmil.preprocessing.atomic import TEMPORARY_SUFFIX, remove, remove_leftovers, write_bytes, write_text
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureFileError, open_feature_file
 from acmil.preprocessing.leases import BEAT_SECONDS, Leases
 from acmil.preprocessing.ledger import Ledger
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.tile_images import TileStore, tile_image_paths
 from acmil.preprocessing.tissue_outlines import OutlineError, outlines_path, read_tissue_outlines, to_feature
 
-_PACKAGES = ("acmil", "torch", "timm", "openslide-python", "openslide-bin")
+_PACKAGES = (
+    *("acmil", "torch", "timm", "numpy", "opencv-python-headless"),
+    *("openslide-python", "openslide-bin", "simplejpeg", "pillow", "cucim-cu12", "cucim-cu13"),
+)
 _JPEG_QUALITY = 85
 _MPP_TOLERANCE = 1e-5  # relative; the table keeps six digits
 _MPP_MEND = " mpp_override is for every slide; for single ones, list them in a CSV with a column mpp."
@@ -30,7 +35,7 @@ class JobError(ValueError):
 
 
 class JobFolder:
-    """The folder of one job: `config.yaml`, `slides.csv`, `tissue/`, `previews/`, `features/`.
+    """The folder of one job: `config.yaml`, `slides.csv`, `tissue/`, `previews/`, `features/`; `tiles/` if asked for.
 
     Beside these, for the processes that share the job and for a resumed one: `rows/`, a file for each row of the table,
     and `leases/`, which slides are being worked on.
@@ -39,6 +44,7 @@ class JobFolder:
         path: The folder; it is made.
         numbers: Every option that changes the numbers, as in force.
         outlines: Folder of the outlines that tissue is taken from; None where it is found.
+        tiles: Where pictures of the tiles are written, in what form; None for none.
         beat_seconds: Time between signs of life, see `Leases`.
     """
 
@@ -48,16 +54,18 @@ class JobFolder:
         *,
         numbers: Mapping[str, Any],
         outlines: Path | None = None,
+        tiles: TileStore | None = None,
         beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         _check_outlines(outlines, path)
         self._outlines = outlines
+        self.tiles = tiles
         self.path = path
         self.numbers = dict(numbers)
         self.digest = _digest(self.numbers)
-        for folder in (path, *(path / name for name in ("features", "tissue", "previews", "rows"))):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
+        has_tiles = tiles is not None or (path / "tiles").is_dir()
+        for name in ("", "features", "tissue", "previews", "rows", *(["tiles"] if has_tiles else [])):
+            remove_leftovers(make_output_folder(path / name))
         self.ledger = Ledger(path / "slides.csv", rows=path / "rows")
         self.leases = Leases(path / "leases", beat_seconds=beat_seconds)
 
@@ -82,13 +90,19 @@ class JobFolder:
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def finished(self, source: SlideSource) -> FeatureFile | None:
-        """Return a slide's feature file if it is whole and of these options, so that nothing is left to do."""
+        """Return a slide's feature file if it is whole and of these options, so that nothing is left to do.
+
+        Where pictures of the tiles are asked for, they must be there too: a job that is given that option later does
+        its slides again, and comes to the same features.
+        """
         try:
             file = open_feature_file(self.features(source.slide_id), check_values=False)  # they were when written
         except FeatureFileError:
             return None
         is_same = file.meta.preprocessing_digest == self.digest and file.meta.slide_id == source.slide_id
         is_same = is_same and _agrees(source.mpp, file.meta.level0_mpp) and self._has_same_outlines(source.slide_id)
+        if is_same and self.tiles is not None:
+            is_same = self.tiles.has(source.slide_id, file.n_tiles)
         return file if is_same else None
 
     def was_empty(self, source: SlideSource) -> bool:
@@ -99,15 +113,15 @@ class JobFolder:
 
     def clear(self, slide_id: str) -> None:
         """Remove what earlier tries left of a slide, so that nothing of them stays if this one fails."""
-        for path in (self.features(slide_id), self._tissue(slide_id), self._preview(slide_id)):
-            path.unlink(missing_ok=True)
+        for path in self._outputs(slide_id):
+            remove(path)
         self.ledger.forget(slide_id)
 
     def clear_leftovers(self, slide_id: str) -> None:
         """Remove what a process was writing of a slide when it died; the slide must be held."""
-        for path in (self.features(slide_id), self._tissue(slide_id), self._preview(slide_id)):
+        for path in self._outputs(slide_id):
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
-                leftover.unlink(missing_ok=True)
+                remove(leftover)
 
     def write_outlines(self, prepared: PreparedSlide) -> None:
         """Write a slide's tissue outlines and, if there is one, its preview."""
@@ -119,7 +133,11 @@ class JobFolder:
             write_bytes(self._preview(slide_id), encoded.tobytes())
 
     def _has_same_outlines(self, slide_id: str) -> bool:
-        """Whether a slide's result is of the outlines that are given now, which may have been edited since."""
+        """Whether a slide's result is of the outlines that are given now, which may have been edited since.
+
+        The options' digest only says that outlines were given. What they were is kept as the slide's own outlines, and
+        compared point by point: a slide whose outlines were edited is done anew, the others are left alone.
+        """
         if self._outlines is None:
             return True
         try:
@@ -127,6 +145,11 @@ class JobFolder:
         except OutlineError:
             return False
         return [to_feature(polygon) for polygon in given] == [to_feature(polygon) for polygon in used]
+
+    def _outputs(self, slide_id: str) -> tuple[Path, ...]:
+        """All that a slide may leave, but for its row; the feature file first, as that one says that it is done."""
+        tiles = tile_image_paths(self.path / "tiles", slide_id)
+        return self.features(slide_id), self._tissue(slide_id), self._preview(slide_id), *tiles
 
     def _tissue(self, slide_id: str) -> Path:
         return outlines_path(self.path / "tissue", slide_id)
@@ -140,7 +163,7 @@ class JobFolder:
         has_results = has_files or any(row.status in ("done", "empty") for row in self.ledger)
         if not path.is_file() or not (has_results or self.leases.others()):
             return
-        before = _numbers_of(path)
+        before = read_numbers(path)
         names = [name for name in {**before, **self.numbers} if before.get(name) != self.numbers.get(name)]
         if names:
             changes = "; ".join(f"{name}: {before.get(name)} → {self.numbers.get(name)}" for name in names)
@@ -162,7 +185,12 @@ def _check_outlines(outlines: Path | None, job: Path) -> None:
         )
 
 
-def _numbers_of(path: Path) -> dict[str, Any]:
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Read from a job's `config.yaml` the options that its numbers are of.
+
+    Raises:
+        JobError: If it is not as a job wrote it.
+    """
     try:
         numbers = yaml.safe_load(path.read_text(encoding="utf-8"))["numbers"]
         return dict(numbers)

@@ -5,6 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TypeAlias
 
@@ -15,11 +16,12 @@ from acmil.preprocessing.encoders import Encoder
 from acmil.preprocessing.feature_file import FeatureFileError
 from acmil.preprocessing.job_folder import JobFolder
 from acmil.preprocessing.ledger import Row
-from acmil.preprocessing.prepare import PreparedSlide
+from acmil.preprocessing.prepare import PreparedSlide, with_normal_stains
 from acmil.preprocessing.progress import Progress
 from acmil.preprocessing.slide import SlideError
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
+from acmil.preprocessing.tile_images import TileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class JobRun:
         self._batch_size = config.batch_size
         self._batch_encoder = BatchEncoder(encoder, feature_dtype=config.feature_dtype, batch_size=config.batch_size)
         self._progress = progress
+        self._transform = None if config.stain_normalisation == "none" else with_normal_stains
+        self._tiles: TileWriter | None = None
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
         self.n_kept_tiles = 0
@@ -77,7 +81,9 @@ class JobRun:
 
     def run(self, todo: Sequence[SlideSource], *, workers: int) -> None:
         """Process the slides; those that other processes hold are looked at again at the end."""
-        with self._folder.leases as leases:
+        if (store := self._folder.tiles) is not None:
+            self._tiles = TileWriter(store, threads=workers)
+        with self._folder.leases as leases, self._tiles or nullcontext():
             if todo:
                 self._progress.begin("slides", len(todo))
                 try:
@@ -106,10 +112,12 @@ class JobRun:
             batch_size=self._batch_size,
             workers=workers,
             allocate=self._batch_encoder.allocate,
+            transform=self._transform,
         )
+        events = stream if self._tiles is None else self._tiles.watch(stream)
         writing: deque[Future[_Outcome]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="slide-writer") as writer:
-            for result in embed(stream, self._batch_encoder, on_batch=self._note):
+            for result in embed(events, self._batch_encoder, on_batch=self._note):
                 writing.append(writer.submit(self._settle, result))
                 while writing and (writing[0].done() or len(writing) > _MOST_UNWRITTEN):
                     self._count(*writing.popleft().result(), left)
@@ -185,6 +193,8 @@ class JobRun:
 
     def _lost(self, source: SlideSource) -> _Outcome:
         logger.warning("%s: taken over by another process, as this one gave no sign of life for long", source.slide_id)
+        if self._tiles is not None:
+            self._tiles.drop(source.slide_id)
         self._folder.leases.release(source.slide_id)
         return source, None
 
@@ -194,6 +204,8 @@ class JobRun:
         slide_id, n_tiles = prepared.source.slide_id, len(prepared.grid)
         try:
             self._folder.write_outlines(prepared)
+            if n_tiles and self._tiles is not None:
+                self._tiles.finish(slide_id)
             if n_tiles:
                 path, digest = self._folder.features(slide_id), self._folder.digest
                 write_embedded(path, embedded, encoder=self._encoder, preprocessing_digest=digest)

@@ -10,6 +10,7 @@ from acmil.preprocessing.previews import preview_image
 from acmil.preprocessing.readers import ReaderName
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.stain import StainMap, StainMethod, estimate_stain_map
 from acmil.preprocessing.tiling import TileGrid, tile_grid
 from acmil.preprocessing.tissue import Tissue, TissuePreset, find_tissue, given_tissue
 
@@ -25,6 +26,7 @@ class PreparedSlide:
         grid: Its tiles; may be empty.
         preview: Picture of tissue and tiles, uint8 RGB (h, w, 3), or None.
         seconds: The time this took.
+        stain_map: Turns the slide's colours into the reference's, or None.
     """
 
     source: SlideSource
@@ -33,6 +35,7 @@ class PreparedSlide:
     grid: TileGrid
     preview: np.ndarray | None
     seconds: float
+    stain_map: StainMap | None = None
 
 
 def prepare_slide(
@@ -48,11 +51,13 @@ def prepare_slide(
     tissue: TissuePreset = "brightfield",
     remove_ink: bool = True,
     tissue_from: Path | None = None,
+    stain_normalisation: StainMethod = "none",
 ) -> PreparedSlide:
     """Open a slide, find its tissue and lay its tiles; options as in `PreprocessConfig`.
 
     Raises:
-        SlideError: If the slide cannot be opened or read, or has no usable resolution, or no usable outlines are given.
+        SlideError: If the slide cannot be opened or read, or has no usable resolution, or no usable outlines are given,
+            or its stains cannot be estimated.
     """
     start = time.perf_counter()
     slide = Slide.open(source.path, slide_id=source.slide_id, mpp=source.mpp, reader=reader)
@@ -63,7 +68,15 @@ def prepare_slide(
             found = given_tissue(slide, tissue_from, mpp=tissue_mpp)
         grid = tile_grid(slide, found, tile_px=tile_px, tile_mpp=tile_mpp, overlap_px=overlap_px, min_tissue=min_tissue)
         preview = preview_image(slide, found, grid) if previews else None
+        stain_map = None
+        if stain_normalisation != "none" and len(grid):
+            stain_map = estimate_stain_map(slide, grid, stain_normalisation)
     except BaseException:
         slide.close()
         raise
-    return PreparedSlide(source, slide, found, grid, preview, time.perf_counter() - start)
+    return PreparedSlide(source, slide, found, grid, preview, time.perf_counter() - start, stain_map)
+
+
+def with_normal_stains(prepared: PreparedSlide, tiles: np.ndarray) -> np.ndarray:
+    """Bring tiles (n, h, w, 3) of a slide to the reference's colours, if it was prepared for that."""
+    return tiles if prepared.stain_map is None else prepared.stain_map(tiles)

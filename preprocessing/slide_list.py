@@ -107,7 +107,8 @@ def _without_pictures(found: list[Path], folder: Path) -> list[Path]:
     for path in found:
         if path.suffix.lower() in SLIDE_SUFFIXES:
             beside.setdefault(path.parent, []).append(path)
-    slides, pictures = [], []
+    slides: list[Path] = []
+    pictures: list[Path] = []
     for path in found:
         is_picture = path.suffix.lower() in IMAGE_SUFFIXES and (
             _belongs_to_a_slide(path, beside.get(path.parent, ())) or _shows_a_result(path, folder)

@@ -1,7 +1,8 @@
-"""Tissue as outlines: traced from a mask, written as GeoJSON, read back as people have edited it, filled again."""
+"""Outlines in level-0 pixels: traced from a mask, written as GeoJSON, read as people have drawn them, filled again."""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from acmil.preprocessing.readers import SlideError
 
 SUFFIX = ".geojson"
+_CONTAINERS = (("FeatureCollection", "features"), ("Feature", "geometry"), ("GeometryCollection", "geometries"))
+_NO_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,36 @@ class Polygon:
     exterior: np.ndarray
     holes: tuple[np.ndarray, ...] = ()
 
+    @property
+    def rings(self) -> tuple[np.ndarray, ...]:
+        """The exterior, then the holes."""
+        return (self.exterior, *self.holes)
+
 
 class OutlineError(SlideError):
     """Outlines of a slide that are missing or cannot be used."""
+
+
+def read_outlines(path: Path, *, skip_others: bool = True) -> tuple[Polygon, ...]:
+    """Read the polygons of a GeoJSON file, as QuPath exports them.
+
+    Args:
+        path: A FeatureCollection, a Feature, a list of these, or a bare geometry, in level-0 pixels.
+        skip_others: Leave out points, lines and features without a geometry; False: they are an error.
+
+    Returns:
+        The polygons of all Polygons and MultiPolygons.
+
+    Raises:
+        OutlineError: If the file is not such GeoJSON.
+    """
+    try:
+        return tuple(_polygons(json.loads(path.read_text(encoding="utf-8-sig")), skip_others=skip_others))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise OutlineError(
+            f"outlines must be GeoJSON polygons in level-0 px, got {error} ({path}). "
+            "Export them from QuPath as GeoJSON, polygons only."
+        ) from error
 
 
 def read_tissue_outlines(folder: Path, slide_id: str) -> tuple[Polygon, ...]:
@@ -47,17 +77,14 @@ def read_tissue_outlines(folder: Path, slide_id: str) -> tuple[Polygon, ...]:
     """
     path = outlines_path(folder, slide_id)
     try:
-        return tuple(_polygons(json.loads(path.read_text(encoding="utf-8-sig"))))
+        return read_outlines(path, skip_others=False)
     except FileNotFoundError as error:
         raise OutlineError(
             f"slide '{slide_id}': tissue_from must hold the outlines of every slide, found no {path.name} ({folder}). "
             "Put the file there (without features it says: no tissue), or leave the slide out."
         ) from error
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise OutlineError(
-            f"slide '{slide_id}': outlines must be GeoJSON polygons in level-0 px, got {error} ({path}). "
-            "Export them from QuPath as GeoJSON, polygons only."
-        ) from error
+    except OutlineError as error:
+        raise OutlineError(f"slide '{slide_id}': {error}") from error
 
 
 def outlines_path(folder: Path, slide_id: str) -> Path:
@@ -86,7 +113,7 @@ def fill(polygons: tuple[Polygon, ...], *, height: int, width: int, downsample: 
     """Mark the mask pixels whose centres lie in any polygon and not in its holes: bool (height, width)."""
     mask = np.zeros((height, width), bool)
     for polygon in polygons:
-        rings = [ring / downsample for ring in (polygon.exterior, *polygon.holes)]
+        rings = [ring / downsample for ring in polygon.rings]
         corner = np.floor(rings[0].min(0)), np.ceil(rings[0].max(0))
         left, top = np.clip(corner[0], 0, (width, height)).astype(int)
         right, bottom = np.clip(corner[1], 0, (width, height)).astype(int)
@@ -98,12 +125,40 @@ def fill(polygons: tuple[Polygon, ...], *, height: int, width: int, downsample: 
 
 def to_feature(polygon: Polygon) -> dict[str, object]:
     """One outline as a GeoJSON feature with the properties that QuPath reads."""
-    rings = [np.vstack([ring, ring[:1]]).round(2).tolist() for ring in (polygon.exterior, *polygon.holes)]
+    rings = [np.vstack([ring, ring[:1]]).round(2).tolist() for ring in polygon.rings]
     return {
         "type": "Feature",
         "geometry": {"type": "Polygon", "coordinates": rings},
         "properties": {"objectType": "annotation", "classification": {"name": "Tissue"}},
     }
+
+
+def inside_outlines(points: np.ndarray, polygons: Sequence[Polygon]) -> np.ndarray:
+    """Tell which points lie inside any of the polygons; a point in a hole is outside.
+
+    Args:
+        points: (x, y) in level-0 px, shape (N, 2).
+        polygons: What `read_outlines` returns.
+
+    Returns:
+        Boolean, shape (N,).
+    """
+    points = np.asarray(points, dtype=np.float64)
+    inside = np.zeros(len(points), dtype=bool)
+    for polygon in polygons:
+        inside |= np.logical_xor.reduce([_inside_ring(points, ring) for ring in polygon.rings], axis=0)
+    return inside
+
+
+def _inside_ring(points: np.ndarray, ring: np.ndarray) -> np.ndarray:
+    x, y = points[:, 0], points[:, 1]
+    inside = np.zeros(len(points), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        if y0 == y1:
+            continue  # a horizontal edge is never crossed by a horizontal ray
+        crosses = ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        inside ^= crosses
+    return inside
 
 
 def _even_odd(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -119,20 +174,21 @@ def _even_odd(rings: list[np.ndarray], height: int, width: int) -> np.ndarray:
     return np.bitwise_xor.accumulate(turns, axis=1)[:, :-1].astype(bool)
 
 
-def _polygons(node: Any) -> list[Polygon]:
+def _polygons(node: Any, *, skip_others: bool) -> list[Polygon]:
     if isinstance(node, list):
-        return [polygon for item in node for polygon in _polygons(item)]
+        return [polygon for item in node for polygon in _polygons(item, skip_others=skip_others)]
+    if skip_others and node is None:
+        return []
     kind = node.get("type")
-    if kind == "FeatureCollection":
-        return _polygons(node["features"])
-    if kind == "Feature":
-        return _polygons(node["geometry"])
-    if kind == "GeometryCollection":
-        return _polygons(node["geometries"])
+    for collection, member in _CONTAINERS:
+        if kind == collection:
+            return _polygons(node[member], skip_others=skip_others)
     if kind == "Polygon":
         return [_polygon(node["coordinates"])]
     if kind == "MultiPolygon":
         return [_polygon(rings) for rings in node["coordinates"]]
+    if skip_others and kind in _NO_AREA:
+        return []
     raise ValueError(f"type {kind!r}")
 
 

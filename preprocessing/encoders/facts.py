@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Feature = Literal["pooled", "class_token", "class_and_mean_patch"]
+Feature = Literal["pooled", "layer3_pooled", "class_token", "class_and_mean_patch"]
 Interpolation = Literal["bilinear", "bicubic"]
 Channels = tuple[float, float, float]
 
@@ -39,8 +39,8 @@ class EncoderFacts:
         interpolation: How tiles are resized.
         mean: Channel means (R, G, B) in [0, 1] that are subtracted.
         std: Channel standard deviations that are divided by.
-        feature: What of the network's output is the feature: its own pooling, the class token, or the class token
-            followed by the mean of the patch tokens.
+        feature: What of the network's output is the feature: its own pooling, that of a ResNet without its fourth
+            stage, the class token, or the class token followed by the mean of the patch tokens.
         n_features: D, size of a feature vector.
         tile_px: Recommended side of a tile in px, None where none is recommended.
         tile_mpp: Recommended resolution of a tile in µm/px, None where none is recommended.

@@ -79,9 +79,26 @@ def _dinov3(size: str, timm_size: str, width: int) -> EncoderFacts:
     )
 
 
+_RESNET50_LAYER3 = EncoderFacts(
+    name="resnet50_layer3",
+    organisation="torchvision",
+    architecture="ResNet-50 to its third stage",
+    timm_name="resnet50",
+    hub_id="timm/resnet50.tv_in1k",
+    is_fixed_size=False,
+    feature="layer3_pooled",
+    n_features=1024,
+    licence="BSD-3-Clause",
+    source="https://huggingface.co/timm/resnet50.tv_in1k",
+    confirmed=_CONFIRMED + "; CLAM's paper (arXiv 2004.09666) on the stage and the 1024 features",
+    notes="The encoder that CLAM began with; torchvision's first ImageNet weights.",
+    aliases=("resnet50_trunc",),
+)
+
 NATURAL = (
     _convolutional("resnet18", "a1_in1k", "ResNet-18", 512),
     _convolutional("resnet50", "a1_in1k", "ResNet-50", 2048),
+    _RESNET50_LAYER3,
     _convolutional("convnext_tiny", "in12k_ft_in1k", "ConvNeXt-T", 768),
     _convolutional("convnext_base", "fb_in22k_ft_in1k", "ConvNeXt-B", 1024),
     _convolutional("tf_efficientnet_lite0", "in1k", "EfficientNet-Lite0", 1280, is_half=True),

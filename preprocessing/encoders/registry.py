@@ -30,7 +30,8 @@ def find_encoder(name: str) -> EncoderFacts | None:
     """
     if name.startswith(HUB_PREFIXES):
         hub_id = name[len(HUB_PREFIXES[0]) :].lower()
-        return next((facts for facts in REGISTRY if (facts.hub_id or "").lower() == hub_id), None)
+        whole = (facts for facts in REGISTRY if facts.feature != "layer3_pooled")  # asked for by its id it is not cut
+        return next((facts for facts in whole if (facts.hub_id or "").lower() == hub_id), None)
     wanted = _plain(name)
     return next((facts for facts in REGISTRY if wanted in (facts.name, *facts.aliases)), None)
 

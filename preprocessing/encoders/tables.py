@@ -8,6 +8,7 @@ from acmil.preprocessing.encoders.registry import access_help
 _COLUMNS = ("name", "network", "features", "tile", "built by", "access", "licence")
 _FEATURES = {
     "pooled": "the network's own pooling",
+    "layer3_pooled": "mean over the third stage, the fourth is left out",
     "class_token": "class token",
     "class_and_mean_patch": "class token, then the mean of the patch tokens",
 }

@@ -14,7 +14,7 @@ from torch import nn
 from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.encoders.facts import EncoderError, EncoderFacts, Feature, Interpolation
 from acmil.preprocessing.encoders.features import token_feature
-from acmil.preprocessing.encoders.hub import fetch_weights
+from acmil.preprocessing.encoders.hub import fetch_weights, hub_or_cache
 from acmil.preprocessing.encoders.registry import HUB_PREFIXES, REGISTRY, find_encoder, foreign_help
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.encoders.weights import load_weights, weights_digest
@@ -123,7 +123,7 @@ class Encoder:
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         model: Any = self.model
-        if self.feature == "pooled":
+        if self.feature in ("pooled", "layer3_pooled"):
             return model(images)
         tokens = model.forward_features(images)  # (B, T, C)
         return token_feature(tokens, self.feature, n_prefix_tokens=model.num_prefix_tokens)
@@ -211,7 +211,10 @@ def build_network(facts: EncoderFacts) -> Any:
         EncoderError: If it needs another package, or a newer timm.
     """
     timm = import_timm()
-    return _architecture(timm, _timm_name(timm, facts), **_timm_arguments(timm, facts.timm_kwargs))
+    model = _architecture(timm, _timm_name(timm, facts), **_timm_arguments(timm, facts.timm_kwargs))
+    if facts.feature == "layer3_pooled":
+        model.layer4, model.num_features = nn.Identity(), facts.n_features
+    return model
 
 
 def _timm_name(timm: Any, facts: EncoderFacts) -> str:
@@ -229,7 +232,8 @@ def _registered(facts: EncoderFacts, weights: Path | None, device: torch.device,
     _timm_name(import_timm(), facts)  # refused before anything is fetched
     path = weights or fetch_weights(facts)  # and the weights before gigabytes are allocated
     model = build_network(facts)
-    load_weights(model, path, classifiers=_classifier_names(model))
+    left_out = ("layer4",) if facts.feature == "layer3_pooled" else ()
+    load_weights(model, path, classifiers=(*_classifier_names(model), *left_out))
     logger.info("encoder %s on %s in %s", facts.name, device, precision)
     return Encoder(
         model,
@@ -274,8 +278,10 @@ def _cpu_has_bf16() -> bool:
 
 
 def _architecture(timm: Any, name: str, **options: Any) -> Any:
+    asks_hub = options.get("pretrained") or name.startswith(HUB_PREFIXES)
     try:
-        return timm.create_model(name, num_classes=0, **options)
+        with hub_or_cache() if asks_hub else nullcontext():
+            return timm.create_model(name, num_classes=0, **options)
     except (RuntimeError, ValueError) as error:  # such as a tag that the model has no weights by
         raise EncoderError(f"encoder {name!r} cannot be created: {error}") from error
     except OSError as error:

@@ -15,6 +15,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from acmil.preprocessing.geometry import MPP_RANGE_UM_PER_PX
 from acmil.preprocessing.readers import Rectangle, SlideError, SlideFacts, whiten, within
+from acmil.preprocessing.readers.description import described_mpp
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _MEND_SIZE = (
 )
 _UM_PER_INCH, _UM_PER_CM = 25_400.0, 10_000.0
 # Numbers of TIFF tags.
-_WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274
+_WIDTH, _HEIGHT, _BITS, _DESCRIPTION, _ORIENTATION = 256, 257, 258, 270, 274
 _X_RESOLUTION, _Y_RESOLUTION, _UNIT = 282, 283, 296
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,9 +59,9 @@ class PillowReader:
     time. Of a TIFF of several pages the largest is read (a pyramid's level 0); two pages of that size are refused, as
     the one that is meant cannot be told.
 
-    Resolution is taken from TIFF's, PNG's, BMP's and JFIF's tags where they are in inches, centimetres or metres and
-    within what a microscope gives (0.05 to 20 µm/px). 72, 96 or 300 dpi are for printers and screens and count as
-    none.
+    Resolution is taken from what ImageJ and OME write into a TIFF's description, else from TIFF's, PNG's, BMP's and
+    JFIF's tags where they are in inches, centimetres or metres, and within what a microscope gives (0.05 to 20 µm/px).
+    72, 96 or 300 dpi are for printers and screens and count as none.
 
     Greys and palettes become RGB, transparency is laid on white, and a picture with an EXIF or TIFF orientation is
     turned upright, as viewers show it: coordinates are of the upright picture, and turning takes the memory twice for
@@ -85,10 +86,11 @@ class PillowReader:
         if not path.exists():
             raise SlideError(f"slide '{slide_id}': no such file: {path}")
         with self._file() as image:
+            description = _description(image)  # the first page's, for all
             self._page = self._largest_page(image)
             self._check(image, max_decoded_bytes)
             self._orientation = _orientation(image)
-            self._facts = _facts(image, turned=self._orientation >= 5)
+            self._facts = _facts(image, description, turned=self._orientation >= 5)
         if self._orientation != 1:
             logger.info("%s: turned upright (orientation %d): %s", slide_id, self._orientation, path)
 
@@ -207,12 +209,20 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _facts(image: Image.Image, *, turned: bool) -> SlideFacts:
+def _description(image: Image.Image) -> str:
+    """A TIFF's description; empty where there is none."""
+    text = str(image.tag_v2.get(_DESCRIPTION, "")) if isinstance(image, TiffImageFile) else ""
+    return text.encode("latin-1", errors="replace").decode("utf-8", errors="replace")  # Pillow takes it for Latin-1.
+
+
+def _facts(image: Image.Image, description: str, *, turned: bool) -> SlideFacts:
     """Read what the header says; `turned` swaps the axes."""
-    size = image.size
+    width, height = image.size
     if isinstance(image, TiffImageFile):  # Pillow's size of a turned TIFF differs between its versions.
-        size = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
-    mpp = tuple(map(_plausible, _stated_mpp(image)))
+        width, height = int(image.tag_v2[_WIDTH]), int(image.tag_v2[_HEIGHT])
+    x, y = _stated_mpp(image, description, size=(width, height))
+    mpp = _plausible(x), _plausible(y)
+    size = width, height
     if turned:
         size, mpp = size[::-1], mpp[::-1]
     return SlideFacts(
@@ -226,12 +236,15 @@ def _facts(image: Image.Image, *, turned: bool) -> SlideFacts:
     )
 
 
-def _stated_mpp(image: Image.Image) -> tuple[float, float]:
+def _stated_mpp(image: Image.Image, description: str, *, size: tuple[int, int]) -> tuple[float, float]:
     """Pitch in µm/px along x and y by the file's tags; NaN where there is none in a real unit."""
+    unit_um: float | None
     if isinstance(image, TiffImageFile):
         tags = image.tag_v2
         unit_um = {2: _UM_PER_INCH, 3: _UM_PER_CM}.get(tags.get(_UNIT, 0))
-        density = tags.get(_X_RESOLUTION, 0), tags.get(_Y_RESOLUTION, 0)
+        density = float(tags.get(_X_RESOLUTION, 0)), float(tags.get(_Y_RESOLUTION, 0))
+        if (described := described_mpp(description, size=size, density=density)) is not None:
+            return described
     elif image.format in ("JPEG", "MPO"):
         unit_um = {1: _UM_PER_INCH, 2: _UM_PER_CM}.get(image.info.get("jfif_unit", 0))
         density = image.info.get("jfif_density", (0, 0))

@@ -35,6 +35,9 @@ def test_defaults():
         "precision": "auto",
         "feature_dtype": "float16",
         "previews": True,
+        "save_tiles": "none",
+        "tile_format": "jpeg",
+        "stain_normalisation": "none",
     }
     assert config.slides == [Path("slides")]
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from acmil.cli import run_command_line
 from acmil.config_file import load_config
 from acmil.preprocessing.config import PreprocessConfig
-from acmil.preprocessing.encoders import Encoder, EncoderError, create_encoder, find_encoder, list_encoders
+from acmil.preprocessing.encoders import Encoder, EncoderError, create_encoder, find_encoder, hub, list_encoders
 from acmil.preprocessing.encoders.features import token_feature
 from acmil.preprocessing.encoders.pathology import GIGAPATH, UNI, VIRCHOW2
 from acmil.preprocessing.encoders.registry import REGISTRY, encoder_facts, tile_advice
@@ -133,6 +133,8 @@ def test_every_entry_says_where_its_facts_are_from(facts):
         ("hf_hub:prov-gigapath/prov-gigapath", "gigapath"),
         ("resnet50", "resnet50"),
         ("resnet50.tv_in1k", None),
+        ("hf-hub:timm/resnet50.tv_in1k", None),
+        ("resnet50_trunc", "resnet50_layer3"),
         ("MahmoodLab/UNI", None),
     ],
 )
@@ -180,6 +182,7 @@ def test_facts_of_natural_images_are_timms(facts):
     assert facts.is_fixed_size == config.fixed_input_size
     if not facts.timm_kwargs:  # otherwise the input is made smaller than timm's
         assert facts.input_px == config.input_size[-1]
+    if not facts.timm_kwargs and facts.feature != "layer3_pooled":
         assert import_timm().get_pretrained_cfg(facts.timm_name).tag == tag, "the weights timm takes by default"
 
 
@@ -345,6 +348,7 @@ def refuse(error):
 )
 def test_offline_the_error_says_how_to_fetch_by_hand(monkeypatch, name, message):
     error = LocalEntryNotFoundError("no such file in the cache.\nmore")
+    monkeypatch.setattr(hub, "_obstacle", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse(error))
     with pytest.raises(EncoderError, match=message):
         create_encoder(name, device="cpu")
@@ -484,3 +488,17 @@ def test_listing_needs_no_torch():
         "sys.exit(status or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_resnet_to_its_third_stage_is_the_mean_over_that_stage(tmp_path):
+    torch.manual_seed(0)
+    whole = import_timm().create_model("resnet50", num_classes=7).eval()
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")
+    encoder = create_encoder("resnet50_layer3", weights=tmp_path / "whole.safetensors", device="cpu", precision="fp32")
+    tiles = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        images = encoder.normalise(tiles)
+        stem = whole.maxpool(whole.act1(whole.bn1(whole.conv1(images))))
+        expected = whole.layer3(whole.layer2(whole.layer1(stem))).mean(dim=(2, 3))
+    assert encoder.n_features == 1024
+    torch.testing.assert_close(encoder(tiles), expected)

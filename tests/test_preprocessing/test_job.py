@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 import yaml
@@ -143,7 +144,9 @@ def test_config_yaml_says_what_was_in_force(slides, configured, tmp_path, weight
     file = open_feature_file(tmp_path / "job" / "features" / "a.h5")
     assert file.meta.preprocessing_digest == stored["preprocessing_digest"]
     assert stored["versions"]["torch"] == torch.__version__
-    assert set(stored["versions"]) == {"acmil", "torch", "timm", "openslide-python", "openslide-bin"}
+    readers = {"openslide-python", "openslide-bin", "simplejpeg", "pillow", "cucim-cu12", "cucim-cu13"}
+    assert set(stored["versions"]) == {"acmil", "torch", "timm", "numpy", "opencv-python-headless", *readers}
+    assert stored["versions"]["pillow"] == PIL.__version__
 
 
 def test_threads_and_company_change_nothing(slides, configured, tmp_path):

@@ -91,6 +91,76 @@ def test_a_resolution_without_a_unit_counts_as_none(tmp_path):
         _ = slide.mpp
 
 
+@pytest.mark.parametrize(
+    ("unit", "per_unit"), [("micron", 4.0), ("um", 4.0), ("\\u00B5m", 4.0), ("nm", 0.004), ("mm", 4000.0)]
+)
+def test_imagejs_pixel_size(tmp_path, unit, per_unit):
+    image = noise()
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, imagej=True, resolution=(per_unit, per_unit / 1.01), metadata={"unit": unit})
+    with Image.open(path) as written:
+        assert f"unit={unit}\n" in written.tag_v2[270]
+    reader = PillowReader(path, slide_id="a")
+    assert (reader.facts.mpp_x, reader.facts.mpp_y) == pytest.approx((0.25, 0.2525), rel=1e-5)
+    with Slide.open(path) as slide:
+        assert np.array_equal(level_0(slide), image)
+
+
+@pytest.mark.parametrize("unit", ["pixel", "inch", "parsec", None])
+def test_imagejs_other_units_count_as_none(tmp_path, unit):
+    metadata = {} if unit is None else {"unit": unit}
+    tifffile.imwrite(tmp_path / "a.tif", noise(), imagej=True, resolution=(4.0, 4.0), metadata=metadata)
+    with Slide.open(tmp_path / "a.tif") as slide, pytest.raises(SlideError, match="states no resolution"):
+        _ = slide.mpp
+
+
+@pytest.mark.parametrize(
+    ("unit", "length", "mpp"), [("µm", 0.5, 0.5), ("nm", 500.0, 0.5), ("mm", 5e-4, 0.5), (None, 0.5, 0.5)]
+)
+def test_omes_pixel_size(tmp_path, unit, length, mpp):
+    path = tmp_path / "a.ome.tif"
+    units = {} if unit is None else {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    metadata = {"axes": "YXS", "PhysicalSizeX": length, "PhysicalSizeY": length, **units}
+    tifffile.imwrite(path, noise(), photometric="rgb", metadata=metadata)
+    with Slide.open(path) as slide:
+        assert slide.mpp == pytest.approx(mpp)
+
+
+def test_omes_pixel_size_is_that_of_the_page_that_is_read(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:  # an overview and the slide, each an image of its own
+        for image, mpp in ((noise(20, 30), 3.0), (noise(), 0.25)):
+            metadata = {"axes": "YXS", "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            tiff.write(image, photometric="rgb", metadata=metadata)
+    with Slide.open(path) as slide:
+        assert (slide.width, slide.mpp) == (90, 0.25)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        'SizeX="90" SizeY="60"',
+        'SizeX="90" SizeY="60" PhysicalSizeX="0.5" PhysicalSizeXUnit="pixel"',
+        'SizeX="900" SizeY="600" PhysicalSizeX="0.5" PhysicalSizeY="0.5"',
+        'SizeX="90" SizeY="60" PhysicalSizeX="0.5" PhysicalSizeY="0.5"/><Pixels SizeX="90" SizeY="60"',
+    ],
+)
+def test_ome_that_does_not_tell_counts_as_none(tmp_path, pixels):
+    description = f'<?xml version="1.0"?><OME xmlns="urn:x"><Image><Pixels {pixels}/></Image></OME>'
+    options = {"resolution": (300, 300), "resolutionunit": "INCH", "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", noise(), photometric="rgb", description=description, **options)
+    with Slide.open(tmp_path / "a.tif") as slide, pytest.raises(SlideError, match="states no resolution"):
+        _ = slide.mpp
+
+
+@pytest.mark.parametrize("description", ["<OME broken", "made by <OME> hand", "ImageJ=1.54\n"])
+def test_other_descriptions_leave_it_to_the_tags(tmp_path, description):
+    options = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER", "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", noise(), photometric="rgb", description=description, **options)
+    with Slide.open(tmp_path / "a.tif") as slide:
+        assert slide.mpp == pytest.approx(0.5)
+
+
 def test_grey_palette_and_transparency(tmp_path):
     grey = noise(channels=1)
     Image.fromarray(grey).save(tmp_path / "grey.png")

@@ -87,6 +87,26 @@ def test_edited_outlines_decide_the_tiles_and_an_edit_is_done_anew(
         preprocess(configured(*slides))
 
 
+def test_only_what_outlines_enclose_decides_whether_a_slide_is_done_anew(
+    configured, tmp_path, write_slide, make_tissue_picture
+):
+    slide = write_slide(tmp_path / "a.tiff", make_tissue_picture(512, 384, ellipses=[(256, 192, 150, 100)]))
+    edited, copied = tmp_path / "edited", tmp_path / "copied"
+    outline(edited, "a", 0, 0, 192, 192)
+    assert preprocess(configured(slide, tissue_from=edited)).done == 1
+    shape = json.loads((edited / "a.geojson").read_text())
+    copied.mkdir()
+    (copied / "a.geojson").write_text(json.dumps(shape["geometry"], indent=2))  # the same, from elsewhere
+    assert preprocess(configured(slide, tissue_from=copied)).skipped == 1
+    hole = [[64, 64], [128, 64], [128, 128], [64, 128], [64, 64]]
+    shape["geometry"]["coordinates"].append(hole)
+    (copied / "a.geojson").write_text(json.dumps(shape))
+    assert preprocess(configured(slide, tissue_from=copied)).done == 1
+    assert [64, 64] not in open_feature_file(tmp_path / "job/features/a.h5").coords().tolist()
+    (tmp_path / "job/tissue/a.geojson").unlink()  # nothing says any more what the features are of
+    assert preprocess(configured(slide, tissue_from=copied)).done == 1
+
+
 def test_a_folder_of_outlines_that_cannot_be_used_stops_the_job(configured, tmp_path, write_slide, make_tissue_picture):
     slide = write_slide(tmp_path / "a.tiff", make_tissue_picture(512, 384, ellipses=[(256, 192, 150, 100)]))
     with pytest.raises(JobError, match="must be a folder"):

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.tissue import find_tissue, given_tissue
-from acmil.preprocessing.tissue_outlines import OutlineError, Polygon, fill, read_tissue_outlines
+from acmil.preprocessing.tissue_outlines import (
+    OutlineError,
+    Polygon,
+    fill,
+    inside_outlines,
+    read_outlines,
+    read_tissue_outlines,
+)
 
 SQUARE = [[100, 100], [900, 100], [900, 900], [100, 900], [100, 100]]
 HOLE = [[300, 300], [500, 300], [500, 500], [300, 500], [300, 300]]
@@ -104,3 +111,32 @@ def test_bad_outlines_name_slide_file_and_mend(tmp_path, document, message):
 def test_missing_outlines_say_so(tmp_path):
     with pytest.raises(OutlineError, match=r"slide 's': tissue_from must hold .* found no s\.geojson"):
         read_tissue_outlines(tmp_path, "s")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"type": "FeatureCollection", "features": [feature("Polygon", [SQUARE, HOLE])]},
+        [feature("Polygon", [SQUARE, HOLE]), feature("Point", [1, 2]), feature("LineString", [[1, 2], [3, 4]])],
+        [feature("MultiPolygon", [[SQUARE, HOLE]]), {"type": "Feature", "geometry": None, "properties": {}}],
+    ],
+)
+def test_drawings_without_an_area_are_left_out(tmp_path, document):
+    (polygon,) = read_outlines(written(tmp_path, document) / "memory.geojson")
+    exterior, hole = polygon.rings
+    np.testing.assert_array_equal(exterior, SQUARE[:-1])
+    np.testing.assert_array_equal(hole, HOLE[:-1])
+
+
+@pytest.mark.parametrize("text", ["{", '{"features": []}', '{"type": "Polygon", "coordinates": [[1, 2]]}', "3"])
+def test_malformed_files_of_any_outlines_are_named(tmp_path, text):
+    with pytest.raises(OutlineError, match=r"^outlines must be GeoJSON polygons .*bad\.geojson"):
+        read_outlines(written(tmp_path, text, "bad") / "bad.geojson")
+
+
+def test_points_in_holes_and_overlaps():
+    holed = Polygon(np.array(SQUARE[:-1], float), (np.array(HOLE[:-1], float),))
+    other = Polygon(np.array([[800.0, 800], [2000, 800], [2000, 2000], [800, 2000]]))
+    points = np.array([[150, 150], [400, 400], [850, 850], [1500, 1500], [2500, 400]])
+    assert inside_outlines(points, [holed, other]).tolist() == [True, False, True, True, False]
+    assert inside_outlines(points, []).tolist() == [False] * 5
