@@ -53,7 +53,12 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if extra.get("positional") else inspect.Parameter.KEYWORD_ONLY
     default = field.get_default(call_default_factory=True)
     tail = "[required]" if default is PydanticUndefined else "" if default is None else f"[default: {default}]"
-    parameter = Parameter(help=f"{field.description} {tail}".strip(), show_default=False, negative_iterable=())
+    parameter = Parameter(
+        help=f"{field.description} {tail}".strip(),
+        show_default=False,
+        negative=None if extra.get("negatable", True) else (),
+        negative_iterable=(),
+    )
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[field.annotation | None, parameter])
 
 

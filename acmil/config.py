@@ -11,6 +11,7 @@ from acmil.models import defaults
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positional: JsonDict = {"positional": True}  # read by the command line: the field is an argument as well as an option
+NotNegatable: JsonDict = {"negatable": False}  # likewise: a flag whose name is a negation has no --no- form
 
 _DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 _FORCE = "Go on although encoder or resolution of the features differ from the model's."
@@ -191,7 +192,9 @@ class FeaturesConvertConfig(_Options):
     )
     encoder: str | None = Field(None, description="Encoder that the features are of, for files that do not state it.")
     without_geometry: bool = Field(
-        False, description="Convert to acmil although geometry is missing: enough to train, not for heatmaps."
+        False,
+        description="Convert to acmil although geometry is missing: enough to train, not for heatmaps.",
+        json_schema_extra=NotNegatable,
     )
     cohort: Path | None = Field(
         None, description="CSV with slide_id,label, for acmil-reference, which keeps labels with the features."

@@ -11,6 +11,7 @@ from acmil.bags import BagDataset
 from acmil.cohort import Cohort, CohortError, read_cohort
 from acmil.json_file import write_json
 from acmil.metrics import describe_metrics, metrics_with_intervals, roc_points
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import Run, load_run, write_predictions
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
     bags = BagDataset(config.features, cohort.rows, classes=run.classes if labels is not None else None)
     for meta in bags.metas:
         run.check_features(meta, force=config.force)
+    make_output_folder(config.out)
     probabilities = predict_all(run, bags, progress=progress)  # (S, C)
-    config.out.mkdir(parents=True, exist_ok=True)
     rows = [replace(row, split=run.splits.get(row.slide_id)) for row in cohort.rows]
     write_predictions(config.out / "predictions.csv", rows, probabilities, run.classes)
     if labels is None:

@@ -21,8 +21,8 @@ from acmil.attention_maps import (
 )
 from acmil.figures import heatmap_figure, top_tiles_figure, umap_slide_figure
 from acmil.heatmaps import SlideAttention, branch_name, read_slide_attention
-from acmil.outlines import Polygon, inside_outlines, read_outlines
 from acmil.preprocessing.slide import Slide
+from acmil.preprocessing.tissue_outlines import Polygon, inside_outlines, read_outlines
 from acmil.runs import Run, load_run
 
 FOLDER_VARIABLE = "ACMIL_DEMO"
@@ -81,10 +81,10 @@ class Exploration:
             self._views[slide_id] = read_slide_attention(self.run, self.slides[slide_id], features)
         return self._views[slide_id]
 
-    def outlines(self, slide_id: str) -> list[Polygon]:
+    def outlines(self, slide_id: str) -> tuple[Polygon, ...]:
         """Outlines of the slide's lesions in level-0 px; none for a slide without."""
         path = self.folder / "lesions" / f"{slide_id}.geojson"
-        return read_outlines(path) if path.is_file() else []
+        return read_outlines(path) if path.is_file() else ()
 
     def map_figure(self, slide_id: str, *, branch: str = MEAN_BRANCH, threshold: float = 0.0) -> Figure:
         """The attention map; tiles below the threshold (a multiple of the uniform share) stay uncoloured."""
@@ -100,7 +100,7 @@ class Exploration:
             mpp=slide.meta.level0_mpp,
             title=slide_id,
             prediction=slide.prediction,
-            outlines=self.outlines(slide_id),
+            outlines=[polygon.rings for polygon in self.outlines(slide_id)],
             outline_label="lesion",
             note=f"Shown: {branch_name(branch, len(slide.attention))}, {tiles}.",
         )

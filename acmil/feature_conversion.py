@@ -28,6 +28,7 @@ from acmil.preprocessing.formats import (
     trident,
 )
 from acmil.preprocessing.formats.acmil_reference import ReferenceSlide
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.progress import SilentProgress
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def convert(config: "FeaturesConvertConfig", *, progress: "Progress | None" = No
             yield slide
             progress.advance(note=slide.stored.slide_id)
 
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(config.out)
     cohort = None
     if config.to == acmil_reference.NAME:
         where = _write_reference(config.out, told(), labels, list(n_tiles))

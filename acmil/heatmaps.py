@@ -18,12 +18,14 @@ from acmil.attention_maps import (
     tile_table,
 )
 from acmil.bags import Bag
-from acmil.outlines import Polygon, read_outlines
 from acmil.overlay import ColourScale, percentile_scale, relative_scale
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
+from acmil.preprocessing.job_tissue import tissue_of_job
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide import Slide, Thumbnail
-from acmil.preprocessing.tissue import Tissue, area_fraction, find_tissue
+from acmil.preprocessing.tissue import Tissue, area_fraction
+from acmil.preprocessing.tissue_outlines import Polygon, outlines_path, read_outlines
 from acmil.runs import Run, load_run
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
     if config.outlines is not None and not config.outlines.is_dir():
         raise HeatmapError(f"outlines must be a folder of GeoJSON files, found none ({config.outlines}).")
     run = load_run(config.run, device=config.device)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(config.out)
     progress = progress or SilentProgress()
     written: list[Path] = []
     failures: list[str] = []
@@ -133,8 +135,7 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
         try:
             written.append(_write_maps(config, run, path))
         except Exception as error:
-            logger.debug("slide %s", path, exc_info=True)
-            logger.warning("no attention map of %s: %s", path, error)
+            logger.debug("no attention map of %s", path, exc_info=True)  # the error at the end says why
             failures.append(f"{path.name}: {error}")
         progress.advance(note=path.stem)
     progress.end()
@@ -159,7 +160,7 @@ def read_slide_attention(
     Args:
         run: The trained model.
         slide_path: The slide; its features are `<name without ending>.h5`.
-        feature_dir: Folder of feature files.
+        feature_dir: Folder of feature files; where it lies in a job folder, the job's tissue is told from glass.
         thumbnail_mpp: Resolution of the thumbnail in µm/px, made coarser where its longer side would exceed 4,000 px;
             by default such that the longer side has about 1,500 px.
         mpp_override: Level-0 resolution in µm/px; by default the one the features were made with.
@@ -185,7 +186,7 @@ def read_slide_attention(
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
         thumbnail = _thumbnail(slide, thumbnail_mpp)
-        tissue = find_tissue(slide)
+        tissue = tissue_of_job(slide, feature_dir.parent)
     slide_id = features.meta.slide_id
     bag = Bag(slide_id, features.features(), features.coords(), label=None, case_id=slide_id)
     predicted = run.predict(bag)
@@ -270,7 +271,7 @@ def _write_maps(config: "HeatmapConfig", run: Run, path: Path) -> Path:
         prediction=slide.prediction,
         scale=scale,
         opacity=config.opacity,
-        outlines=_outlines_of(config.outlines, slide.slide_id),
+        outlines=[polygon.rings for polygon in _outlines_of(config.outlines, slide.slide_id)],
         outline_label=config.outline_label,
         note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles.",
     )
@@ -288,11 +289,9 @@ def _dpi(thumbnail: np.ndarray) -> float:
     return float(np.clip(max(thumbnail.shape[:2]) / 6, *_PNG_DPI))
 
 
-def _outlines_of(folder: Path | None, slide_id: str) -> list[Polygon]:
-    path = folder / f"{slide_id}.geojson" if folder else None
-    if path is None or not path.is_file():
-        return []
-    return read_outlines(path)
+def _outlines_of(folder: Path | None, slide_id: str) -> tuple[Polygon, ...]:
+    path = outlines_path(folder, slide_id) if folder else None
+    return read_outlines(path) if path is not None and path.is_file() else ()
 
 
 def _thumbnail(slide: Slide, mpp: float | None) -> Thumbnail:

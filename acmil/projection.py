@@ -13,6 +13,7 @@ import torch
 from acmil.attention_maps import relative_attention
 from acmil.bags import BagDataset
 from acmil.cohort import Cohort, read_cohort
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.runs import Run, load_run
 
@@ -144,11 +145,11 @@ def umap(config: "UmapConfig", *, progress: Progress | None = None) -> Path:
 
     run = load_run(config.run, device=config.device)
     cohort = run.select(read_cohort(config.cohort, require_labels=False), config.split)
+    make_output_folder(config.out)
     table, features = sample_cohort(config, run, cohort, progress=progress or SilentProgress())
     embedding = project(features, n_neighbors=config.n_neighbors, min_dist=config.min_dist, seed=config.seed)
     table.insert(3, "umap_1", embedding[:, 0])
     table.insert(4, "umap_2", embedding[:, 1])
-    config.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(config.out / "umap.csv", index=False)
     labelled = table["label"].notna().any()
     figure = umap_figure(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acmil.preprocessing.atomic import replacing
+from acmil.preprocessing.output_folder import make_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +219,11 @@ def fetch_sample(name: str, *, out: Path | None = None, cache: Path | None = Non
 
     Raises:
         SampleError: If the name is unknown, nothing can be downloaded, a checksum differs, or a folder is not writable.
+        OutputError: If `out` is a file.
     """
     sample = _find_sample(name)
+    if out is not None:
+        make_output_folder(Path(out))
     folder = cache_folder() if cache is None else Path(cache)
     path = folder / sample.file_name
     if not _is_intact(path, sample):

@@ -19,6 +19,7 @@ from acmil.metrics import classification_metrics, describe_metrics, metrics_with
 from acmil.models import MILModel, create_model
 from acmil.preprocessing.atomic import write_text
 from acmil.preprocessing.devices import choose_device
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import RunError, load_run, write_predictions
 from acmil.splits import assign_splits, check_splits, write_splits
 from acmil.training import EpochRecord, FitResult, fit
@@ -203,7 +204,7 @@ def _options_of(path: Path) -> dict[str, Any]:
 
 
 def _write_inputs(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> None:
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder(config.out)
     description = {"options": config.model_dump(mode="json"), **environment.describe()}
     write_text(config.out / "config.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
     write_splits(config.out / "splits.csv", cohort)

@@ -9,7 +9,7 @@ import numpy as np
 
 from acmil.demo.lesions import LesionPlan
 from acmil.demo.tissue_source import COARSE_PX
-from acmil.outlines import read_outlines
+from acmil.preprocessing.tissue_outlines import read_outlines
 
 _CONTOUR_PX = 4  # outlines are traced on cells of this side
 _SIMPLIFY_PX = 1.0
@@ -65,7 +65,7 @@ def tile_lesion_fraction(lesion_geojson_path: Path, coords: np.ndarray, tile_lev
     coords = np.asarray(coords, dtype=np.float64)
     covered = np.zeros(len(coords))  # level-0 px²
     for polygon in read_outlines(lesion_geojson_path):
-        for number, ring in enumerate(polygon):
+        for number, ring in enumerate(polygon.rings):
             sign = 1.0 if number == 0 else -1.0  # rings after the first are holes
             near = (coords < ring.max(axis=0)).all(axis=1) & (coords + tile_level0_px > ring.min(axis=0)).all(axis=1)
             for k in np.flatnonzero(near):

@@ -1,5 +1,7 @@
 """The demo: the whole pipeline, from composed slides to a page of results."""
 
+import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from acmil.cohort import Cohort, read_cohort
 from acmil.config import EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
 from acmil.config_file import load_config
 from acmil.demo.analysis import concentration_curves, lesion_localisation, mean_pool_auroc
+from acmil.demo.manifest import composing_options, read_manifest
 from acmil.demo.page import write_page
 from acmil.demo.planted import DEFAULT_DIFFICULTY, POSITIVE, compose_cohort
 from acmil.evaluation import evaluate
@@ -23,6 +26,7 @@ from acmil.json_file import write_json
 from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.job import JobSummary, preprocess
+from acmil.preprocessing.output_folder import make_output_folder
 from acmil.projection import umap
 from acmil.runs import load_run
 from acmil.samples import fetch_sample
@@ -32,7 +36,10 @@ if TYPE_CHECKING:
     from acmil.config import DemoConfig
     from acmil.preprocessing.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 RUNS = {"ACMIL": ("run", "demo"), "ABMIL": ("run_abmil", "abmil")}  # name on the page → folder, preset
+_MADE_OF_SLIDES = ("job", "heatmaps", *(folder for folder, _ in RUNS.values()))
 
 Result = TypeVar("Result")
 
@@ -73,6 +80,7 @@ class _Demo:
 
     def run(self) -> DemoSummary:
         start = time.perf_counter()
+        make_output_folder(self.out)
         source = self.stage("samples", lambda: fetch_sample("cmu-1-small-region"))
         weights = self.stage("samples", lambda: fetch_sample("efficientnet-lite0"))
         self.stage("compose", lambda: self.compose(source))
@@ -102,15 +110,17 @@ class _Demo:
         return DEFAULT_DIFFICULTY if self.config.difficulty is None else self.config.difficulty
 
     def compose(self, source: Path) -> None:
-        compose_cohort(
-            source,
-            self.out,
-            n_slides=self.config.n_slides,
-            difficulty=self.difficulty,
-            seed=self.config.cohort_seed,
-            workers=self.config.workers,
-            progress=self.progress,
-        )
+        cohort: dict[str, Any] = {
+            "n_slides": self.config.n_slides,
+            "difficulty": self.difficulty,
+            "seed": self.config.cohort_seed,
+        }
+        before = read_manifest(self.out)
+        if before is not None and before.options != composing_options(source, **cohort):
+            logger.info("%s holds a demo of other slides: these are composed anew, and what was made of them", self.out)
+            for folder in _MADE_OF_SLIDES:  # before the slides: an interrupted demo must not go on from them
+                shutil.rmtree(self.out / folder, ignore_errors=True)
+        compose_cohort(source, self.out, **cohort, workers=self.config.workers, progress=self.progress)
 
     def preprocess(self, slides: list[Path], out: Path, weights: Path) -> JobSummary:
         options = {"slides": slides, "out": out, "weights": weights, "device": self.config.device}

@@ -11,12 +11,12 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -24,10 +24,12 @@ import numpy as np
 from acmil.demo.canvas import draw_outline, edge_opacity, quilt
 from acmil.demo.lesion_truth import lesion_outlines, outlines_geojson, tile_lesion_fraction
 from acmil.demo.lesions import LesionPlan, draw_lesions, plan_lesions
+from acmil.demo.manifest import composing_options, read_manifest, write_manifest
 from acmil.demo.nuclei import NucleusStamps, cut_stamps
 from acmil.demo.pyramid import write_pyramid
 from acmil.demo.stains import StainJitter, draw_stain_jitter
 from acmil.demo.tissue_source import TissuePart, read_source
+from acmil.preprocessing.progress import SilentProgress
 
 if TYPE_CHECKING:
     from acmil.preprocessing.progress import Progress
@@ -71,6 +73,11 @@ class PlannedSlide:
     label: str
     split: str
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """Its image and its outlines, in the folder of the cohort."""
+        return f"slides/{self.slide_id}.tif", f"lesions/{self.slide_id}.geojson"
+
 
 @dataclass(frozen=True)
 class PlantedCohort:
@@ -105,6 +112,8 @@ def compose_cohort(
 ) -> PlantedCohort:
     """Compose the cohort: `out/slides/*.tif`, `out/lesions/*.geojson` and `out/cohort.csv`.
 
+    Slides that an earlier call with the same options left whole are kept, by the digests in `out/composed.json`; those
+    of a cohort of other options are removed where this one has no slide of that name, and composed anew where it has.
     Each slide depends on the seed and its own number alone: the same bytes come out on one machine whatever the number
     of workers.
 
@@ -129,14 +138,17 @@ def compose_cohort(
     lesions = out / "lesions"
     (out / "slides").mkdir(parents=True, exist_ok=True)
     lesions.mkdir(exist_ok=True)
-    if progress is not None:
-        progress.begin("composing slides", len(plan))
-    for slide in _composed(source_slide, out, plan, difficulty, seed, workers or os.cpu_count() or 1):
-        if progress is not None:
+    options = composing_options(source_slide, n_slides=n_slides, difficulty=difficulty, seed=seed)
+    todo = _left_to_compose(out, plan, options)
+    if todo:
+        progress = progress or SilentProgress()
+        progress.begin("composing slides", len(todo))
+        for slide in _composed(source_slide, out, todo, difficulty, seed, workers or os.cpu_count() or 1):
             progress.advance(note=slide.slide_id)
-    if progress is not None:
         progress.end()
     _write_cohort(out / "cohort.csv", plan)
+    if todo:
+        write_manifest(out, options, [name for slide in plan for name in slide.files])
     paths = tuple(out / "slides" / f"{slide.slide_id}.tif" for slide in plan)
     return PlantedCohort(paths, out / "cohort.csv", lesions, len(plan), difficulty, seed)
 
@@ -165,6 +177,21 @@ def plan_cohort(n_slides: int, *, seed: int) -> tuple[PlannedSlide, ...]:
             slide_id = f"{case_id}_{number + 1}"
             slides.append(PlannedSlide(len(slides), slide_id, case_id, pair, number, label, split))
     return tuple(slides)
+
+
+def _left_to_compose(out: Path, plan: tuple[PlannedSlide, ...], options: Mapping[str, Any]) -> tuple[PlannedSlide, ...]:
+    """The slides that are not there, or not whole, or of other options; what another cohort left over is removed."""
+    before = read_manifest(out)
+    if before is None:
+        return plan
+    for name in set(before.files).difference(*(slide.files for slide in plan)):
+        (out / name).unlink(missing_ok=True)
+    if before.options != options:
+        return plan
+    whole = before.whole(out)
+    todo = tuple(slide for slide in plan if not whole.issuperset(slide.files))
+    logger.info("%d of %d slides are composed already", len(plan) - len(todo), len(plan))
+    return todo
 
 
 def _composed(
@@ -231,11 +258,10 @@ class SlideComposer:
         image, plan = compose_slide(self.parts[name], self.stamps[name], look, severity=severity, rng=rng)
         for folder in ("slides", "lesions"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        write_pyramid(self.out / "slides" / f"{slide.slide_id}.tif", image, mpp=SLIDE_MPP, description=DESCRIPTION)
+        picture, lesions = (self.out / name for name in slide.files)
+        write_pyramid(picture, image, mpp=SLIDE_MPP, description=DESCRIPTION)
         outlines = lesion_outlines(plan) if slide.label == POSITIVE else []
-        (self.out / "lesions" / f"{slide.slide_id}.geojson").write_text(
-            json.dumps(outlines_geojson(outlines)), encoding="utf-8"
-        )
+        lesions.write_text(json.dumps(outlines_geojson(outlines)), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -182,3 +182,38 @@ def test_model_weights_of_the_wrong_shape(trained_run, feature_cohort, tmp_path,
     assert "reduction.weight" in message
     assert "(8, 16)" in message
     assert "(8, 24)" in message
+
+
+def test_a_slide_without_a_map_is_said_once(trained_run, feature_cohort, tmp_path, capsys):
+    arguments = ["heatmap", str(trained_run), str(tmp_path / "s001.tif"), "--features", str(feature_cohort.features)]
+    assert run_command_line([*arguments, "--out", str(tmp_path / "maps")]) == 1
+    assert capsys.readouterr().err.count("slide file must exist, found none") == 1
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train", "evaluate", "heatmap", "umap", "convert", "demo", "fetch"])
+def test_out_that_is_a_file_is_said_alike_by_every_command(
+    command, trained_run, feature_cohort, preprocess, tmp_path, capsys
+):
+    file = tmp_path / "results.txt"
+    file.write_text("kept")
+    features, cohort = str(feature_cohort.features), str(feature_cohort.csv)
+    arguments = {
+        "train": ["train", cohort, "--features", features],
+        "evaluate": ["evaluate", str(trained_run), cohort, "--features", features],
+        "heatmap": ["heatmap", str(trained_run), "s001.tif", "--features", features],
+        "umap": ["umap", str(trained_run), cohort, "--features", features],
+        "convert": ["features", "convert", features, "--to", "trident"],
+        "demo": ["demo"],
+        "fetch": ["samples", "fetch", "cmu-1-small-region"],
+    }
+    if command == "preprocess":
+        status = preprocess(write_slide(tmp_path / "a.tif"), out=file)
+    else:
+        status = run_command_line([*arguments[command], "--out", str(file)])
+    assert status == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: out must be a folder, got a path where the file {file} is ({file}). "
+        "Choose another --out, or move the file away."
+    )
+    assert file.read_text() == "kept"

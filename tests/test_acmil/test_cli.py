@@ -110,3 +110,10 @@ def test_config_file_is_read_and_flags_win(capsys, tmp_path):
     assert "from_file.csv" in capsys.readouterr().err
     assert run_command_line(["train", str(tmp_path / "flag.csv"), "--config", str(options)]) == 1
     assert "flag.csv" in capsys.readouterr().err
+
+
+def test_a_flag_that_negates_has_no_negative(capsys):
+    assert run_command_line(["features", "convert", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--without-geometry" in shown
+    assert "--no-" not in shown

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from acmil.config import DemoConfig, TrainConfig
 from acmil.config_file import load_config
 from acmil.demo.analysis import lesion_localisation, mean_pool_auroc, tile_auroc
+from acmil.demo.manifest import composing_options, write_manifest
 from acmil.demo.page import group_calls
 from acmil.demo.pipeline import demo
 from acmil.demo.planted import POSITIVE
@@ -69,7 +71,8 @@ def test_every_test_slide_has_its_map_and_the_real_slide_too(demo_folder):
 
 
 def test_a_second_call_does_nothing_again(demo_folder):
-    kept = [*demo_folder.glob("job/features/*.h5"), demo_folder / "run" / "state.pt"]
+    kept = [*demo_folder.glob("slides/*.tif"), *demo_folder.glob("job/features/*.h5"), demo_folder / "run" / "state.pt"]
+    assert len(kept) == 12 + 12 + 1
     before = {path: path.stat().st_mtime_ns for path in kept}
     results = {
         name: (demo_folder / name).read_bytes() for name in ("run/predictions.csv", "umap/umap.csv", "cohort.csv")
@@ -78,6 +81,30 @@ def test_a_second_call_does_nothing_again(demo_folder):
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     for name, content in results.items():
         assert (demo_folder / name).read_bytes() == content, name
+
+
+def test_other_slides_take_the_place_of_all_that_was_made_of_the_former(tmp_path, monkeypatch):
+    from acmil.demo import pipeline
+
+    source = tmp_path / "source.svs"
+    source.write_bytes(b"tissue")
+    monkeypatch.setattr(pipeline, "compose_cohort", lambda *arguments, **options: None)
+    out = tmp_path / "demo"
+    made = [out / folder / "result" for folder in ("job", "run", "run_abmil", "heatmaps")]
+    for path in made:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    compose = {
+        difficulty: partial(pipeline._Demo(DemoConfig(out=out, difficulty=difficulty), None).compose, source)
+        for difficulty in (0.5, 0.4)
+    }
+    compose[0.4]()
+    assert all(path.exists() for path in made), "no manifest: nothing says that these are a demo's"
+    write_manifest(out, composing_options(source, n_slides=80, difficulty=0.5, seed=0), [])
+    compose[0.5]()
+    assert all(path.exists() for path in made)
+    compose[0.4]()
+    assert not any(path.exists() for path in made)
 
 
 def test_tile_auroc_leaves_out_tiles_at_the_edge_of_a_lesion():

@@ -1,18 +1,22 @@
-"""The notebook runs from top to bottom on a folder laid out like the demo's, and shows pictures."""
+"""The notebooks run from top to bottom, on a folder laid out like the demo's or on one slide, and show pictures."""
 
 import json
 import shutil
 import sys
+import tarfile
 
 import nbformat
 import numpy as np
 import pytest
 import tifffile
+import torch
 from nbclient import NotebookClient
+from safetensors.torch import save_file
 
 from acmil import exploration
 from acmil.config import UmapConfig
 from acmil.exploration import ExplorationError, open_demo
+from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.feature_file import open_feature_file
 from acmil.projection import umap
 
@@ -135,3 +139,28 @@ def test_notebook_runs_and_shows_pictures(small_demo, request, monkeypatch):
     assert not [output for output in outputs if output.output_type == "error"]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 4
+
+
+def test_one_slide_from_file_to_features(stained_slide, request, monkeypatch, tmp_path):
+    """The first notebook, on a synthetic slide and with random weights: it needs no network."""
+    torch.manual_seed(0)
+    save_file(import_timm().create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "random.safetensors")
+    monkeypatch.setenv("ACMIL_SLIDE", str(stained_slide))
+    monkeypatch.setenv("ACMIL_WEIGHTS", str(tmp_path / "random.safetensors"))
+    path = request.config.rootpath / "notebooks" / "01_slides_to_features.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "outputs are to be cleared before saving"
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    said = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "slides: 1 done, 0 empty, 0 failed" in said
+    job = tmp_path / "slides_to_features_job"
+    file = open_feature_file(job / "features" / "stained.h5")
+    assert f"features ({file.n_tiles}, 1280) float16" in said
+    assert (file.meta.encoder, file.meta.tile_px) == ("tf_efficientnet_lite0", 224)
+    with tarfile.open(job / "tiles" / "stained.tar") as archive:
+        assert len(archive.getmembers()) == file.n_tiles

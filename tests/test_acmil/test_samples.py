@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from acmil import samples
+from acmil.preprocessing.output_folder import OutputError
 from acmil.samples import SAMPLES, Sample, SampleError, bags_from_csv, cache_folder, fetch_sample, sample_table
 
 CONTENT = b"a slide, say"
@@ -131,7 +132,8 @@ def test_copied_to_a_folder(index: Path, tmp_path: Path, cache: Path) -> None:
 
 def test_folder_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert "Give another folder with --out." in refusal("tiny", out=tmp_path / "file")
+    with pytest.raises(OutputError, match="out must be a folder, got a path where the file"):
+        fetch_sample("tiny", out=tmp_path / "file")
     assert "Set ACMIL_CACHE to a folder that can be written." in refusal("tiny", cache=tmp_path / "file")
 
 
