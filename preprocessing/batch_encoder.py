@@ -48,6 +48,10 @@ class BatchEncoder:
         is_pinned = self._encoder.device.type == "cuda"
         return torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned).numpy()
 
+    def warm_up(self, tile_px: int) -> None:
+        """Encode a full batch of black tiles, so that compilation and a GPU's first use come before the slides."""
+        self.begin(np.zeros((self._most_tiles, tile_px, tile_px, 3), np.uint8)).result()
+
     def begin(self, tiles: np.ndarray) -> PendingFeatures:
         """Hand tiles (B, H, W, 3) uint8 to the device.
 

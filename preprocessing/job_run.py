@@ -79,6 +79,10 @@ class JobRun:
         self._folder.ledger.write()
         return todo
 
+    def warm_up(self, tile_px: int) -> None:
+        """Have the encoder ready before the first slide: compiled for its batches, a GPU's libraries loaded."""
+        self._batch_encoder.warm_up(tile_px)
+
     def run(self, todo: Sequence[SlideSource], *, workers: int) -> None:
         """Process the slides; those that other processes hold are looked at again at the end."""
         if (store := self._folder.tiles) is not None:

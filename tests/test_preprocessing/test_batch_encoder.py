@@ -62,6 +62,14 @@ def test_a_compiled_network_gets_full_batches_alone():
     assert device.sizes == [4, 4]
 
 
+def test_warming_up_takes_one_batch_of_the_size_that_follows():
+    device = SmallDevice(4, is_compiled=True)
+    encoder = BatchEncoder(device, feature_dtype="float32", batch_size=4)
+    encoder.warm_up(2)
+    encoder.begin(tiles_of(5)).result()
+    assert device.sizes == [4, 4]
+
+
 def small_encoder(device: str) -> Encoder:
     torch.manual_seed(0)
     model = import_timm().create_model("test_efficientnet", num_classes=0)
