@@ -42,6 +42,7 @@ class BatchEncoder:
         self._encoder = encoder
         self._dtype: torch.dtype = getattr(torch, feature_dtype)
         self._most_tiles = min(batch_size, _MOST_TILES_ON_CPU) if encoder.device.type == "cpu" else batch_size
+        self._copies = torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         """Make an uint8 array; for a GPU in page-locked memory, which it copies from while the CPU goes on."""
@@ -59,11 +60,23 @@ class BatchEncoder:
             EncoderError: If not even one tile fits into the GPU's memory.
         """
         batch = torch.from_numpy(tiles)
+        on_device = self._copied(batch)
         while True:
-            parts = self._parts(batch)
+            parts = self._parts(on_device)
             if parts is not None:
                 return PendingFeatures(parts, batch)
             self._halve()
+
+    def _copied(self, batch: torch.Tensor) -> torch.Tensor:
+        """Copy a batch to a GPU while that is still at the one before; on a CPU it is there already."""
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            on_device = batch.to(self._encoder.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._encoder.device)
+        computing.wait_stream(self._copies)
+        on_device.record_stream(computing)
+        return on_device
 
     def _parts(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Run the network on parts that fit; None if one of them did not."""

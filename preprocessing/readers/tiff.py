@@ -11,7 +11,6 @@ import logging
 import os
 import struct
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,14 @@ import simplejpeg
 
 from acmil.preprocessing.readers import SlideFacts, within
 from acmil.preprocessing.readers.openslide import OpenSlideReader
+from acmil.preprocessing.readers.tile_cache import KeptTile, Key, SpareArrays, TileCache
 
 logger = logging.getLogger(__name__)
 
 VENDORS = ("aperio", "generic-tiff")  # those whose levels are grids of tiles without overlap, margins or gaps
 
 _CACHE_BYTES = 128 << 20  # two rows of tiles of a slide of 100,000 px: neighbouring rows of a grid share them
+_SPARE = SpareArrays(_CACHE_BYTES)
 _LARGEST_DIFFERENCE = 3  # of 255: two JPEG decoders round differently, two colour spaces differ by far more
 _JPEG = 7  # TIFF's number of the compression
 _RGB, _YCBCR = 2, 6  # TIFF's numbers of the photometric interpretation
@@ -88,8 +89,7 @@ class TiffReader:
         self._file: _File | None = _File(path)
         self._lock = threading.Lock()
         self._checks: dict[int, bool] = {}  # level: whether it reads as OpenSlide reads it
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
+        self._cache = TileCache(_SPARE, _CACHE_BYTES)
 
     @property
     def facts(self) -> SlideFacts:
@@ -109,10 +109,8 @@ class TiffReader:
 
     def close(self) -> None:
         """Let the file go; reading afterwards is an error."""
-        with self._lock:
-            self._file = None
-            self._cache.clear()
-            self._cached_bytes = 0
+        self._file = None
+        self._cache.clear()
         self._openslide.close()
 
     @cached_property
@@ -152,44 +150,41 @@ class TiffReader:
     def _copied(self, index: int, file: _File, x: int, y: int, width: int, height: int) -> np.ndarray | None:
         """Put a rectangle of a level together from its tiles; None if one of them cannot be decoded."""
         level = self._levels[index]
-        pixels = np.full((height, width, 3), 255, np.uint8)
         inside = within(x, y, width, height, size=(level.width, level.height))
+        is_whole = inside is not None and (inside.width, inside.height) == (width, height)
+        pixels = np.empty((height, width, 3), np.uint8) if is_whole else np.full((height, width, 3), 255, np.uint8)
         if inside is None:
             return pixels
         right, bottom = inside.x + inside.width, inside.y + inside.height
-        for row in range(inside.y // level.tile_height, -(-bottom // level.tile_height)):
-            top = row * level.tile_height
+        rows = range(inside.y // level.tile_height, -(-bottom // level.tile_height))
+        columns = range(inside.x // level.tile_width, -(-right // level.tile_width))
+        keys = [(index, row, column) for row in rows for column in columns]
+        tiles = self._tiles(level, file, keys)
+        if not tiles:
+            return None
+        for (_, row, column), tile in zip(keys, tiles, strict=True):
+            top, left = row * level.tile_height, column * level.tile_width
             first_y, last_y = max(inside.y, top), min(bottom, top + level.tile_height)
-            for column in range(inside.x // level.tile_width, -(-right // level.tile_width)):
-                tile = self._tile(index, file, row, column)
-                if tile is None:
-                    return None
-                left = column * level.tile_width
-                first_x, last_x = max(inside.x, left), min(right, left + level.tile_width)
-                part = tile[first_y - top : last_y - top, first_x - left : last_x - left]
-                pixels[first_y - y : last_y - y, first_x - x : last_x - x] = part
+            first_x, last_x = max(inside.x, left), min(right, left + level.tile_width)
+            part = tile.pixels[first_y - top : last_y - top, first_x - left : last_x - left]
+            pixels[first_y - y : last_y - y, first_x - x : last_x - x] = part
+        self._cache.give_back(tiles)
         return pixels
 
-    def _tile(self, index: int, file: _File, row: int, column: int) -> np.ndarray | None:
-        """A decoded tile of a level, (tile_height, tile_width, 3); those used last are kept."""
-        key = index, row, column
-        with self._lock:
-            if (tile := self._cache.get(key)) is not None:
-                self._cache.move_to_end(key)
-                return tile
-        tile = _decoded(self._levels[index], file, row, column)
-        if tile is not None:
-            self._keep(key, tile)
-        return tile
-
-    def _keep(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
-        with self._lock:
-            if key in self._cache or self._file is None:
-                return
-            self._cache[key] = tile
-            self._cached_bytes += tile.nbytes
-            while self._cached_bytes > _CACHE_BYTES:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+    def _tiles(self, level: _Level, file: _File, keys: list[Key]) -> list[KeptTile]:
+        """Get decoded tiles, to be given back to the cache; none if one of them cannot be decoded."""
+        found = self._cache.get(keys)
+        for i, (_, row, column) in enumerate(keys):
+            if found[i] is None:
+                pixels = _decoded(level, file, row, column)
+                if pixels is None:
+                    break
+                found[i] = self._cache.keep(keys[i], pixels)
+        tiles = [tile for tile in found if tile is not None]
+        if len(tiles) < len(keys):
+            self._cache.give_back(tiles)
+            return []
+        return tiles
 
 
 def _decoded(level: _Level, file: _File, row: int, column: int) -> np.ndarray | None:
@@ -198,12 +193,15 @@ def _decoded(level: _Level, file: _File, row: int, column: int) -> np.ndarray | 
     data = file.read(int(level.offsets[row, column]), size) if size else b""
     if not data.startswith(_START):
         return None
+    pixels = _SPARE.take((level.tile_height, level.tile_width, 3))
+    jpeg = level.header + data[len(_START) :]
     try:
         # Strict: what libjpeg merely warns of, and OpenCV and Pillow pass over, is a damaged tile.
-        tile = simplejpeg.decode_jpeg(level.header + data[len(_START) :], colorspace="RGB", strict=True)
-    except ValueError:
+        tile = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", strict=True, buffer=pixels)
+    except ValueError:  # also for a larger tile
+        _SPARE.give(pixels)
         return None
-    return tile if tile.shape == (level.tile_height, level.tile_width, 3) else None
+    return pixels if tile.shape == pixels.shape else None
 
 
 def _plain_levels(path: Path, facts: SlideFacts) -> dict[int, _Level]:
