@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+QUALITY_LIMITS = ("min_focus", "max_pen", "max_fold", "max_blood", "max_dark", "min_stain")
 _FINEST_MPP, _COARSEST_MPP = 0.05, 20.0  # µm/px; a slide scanner's pixels are 0.1 to 2
 
 
@@ -72,6 +73,16 @@ class PreprocessConfig(BaseModel):
         False, description="Have torch.compile make faster code of the encoder: minutes at the start, for large jobs."
     )
     feature_dtype: Literal["float16", "float32"] = Field("float16", description="Type of the features on disk.")
+    min_focus: float | None = Field(
+        None, ge=0, description="Drop tiles of less focus: 0.3 drops what is blurred badly; see the README."
+    )
+    max_pen: float | None = Field(None, ge=0, le=1, description="Drop tiles with more of their area in pen ink.")
+    max_fold: float | None = Field(None, ge=0, le=1, description="Drop tiles with more of their area folded.")
+    max_blood: float | None = Field(None, ge=0, le=1, description="Drop tiles with more of their area in red cells.")
+    max_dark: float | None = Field(
+        None, ge=0, le=1, description="Drop tiles with more of their area dark and not in H&E's colours."
+    )
+    min_stain: float | None = Field(None, ge=0, description="Drop tiles whose tissue has less mean optical density.")
     previews: bool = Field(True, description="Write a picture of each slide's tissue and tiles.")
     save_tiles: Literal["none", "folder", "tar"] = Field(
         "none",
@@ -89,7 +100,20 @@ class PreprocessConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _quality_is_of_brightfield(self) -> Self:
+        if self.quality_limits and self.tissue == "dark":
+            name = next(iter(self.quality_limits))
+            raise ValueError(f"{name} must not be given with tissue dark, of which no quality is measured.")
+        return self
+
+    @model_validator(mode="after")
     def _overlap_is_less_than_a_tile(self) -> Self:
         if self.overlap_px >= self.tile_px:
             raise ValueError(f"overlap_px must be less than tile_px {self.tile_px}, got {self.overlap_px}.")
         return self
+
+    @property
+    def quality_limits(self) -> dict[str, float]:
+        """The limits that are given, by the options' names."""
+        values = {name: getattr(self, name) for name in QUALITY_LIMITS}
+        return {name: value for name, value in values.items() if value is not None}

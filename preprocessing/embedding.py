@@ -31,16 +31,18 @@ class SlideSeconds:
 
 @dataclass(frozen=True)
 class EmbeddedSlide:
-    """A slide with the features of all its tiles.
+    """A slide with the features of its tiles.
 
     Attributes:
         prepared: The slide and its tiles.
-        features: (N, D) float16 or float32, in the order of the tiles; (0, 0) for a slide without tiles.
-        quality: (N, Q) float32, what the stream's `examine` says of the tiles; None without it or without tiles.
+        numbers: (n,) int, the tiles that have features: all but those that the stream's `keep` dropped, ascending.
+        features: (n, D) float16 or float32, in their order; (0, 0) for a slide without any.
+        quality: (N, Q) float32, what the stream's `examine` says of all tiles; None without it or without tiles.
         seconds: What it took.
     """
 
     prepared: PreparedSlide
+    numbers: np.ndarray
     features: np.ndarray
     quality: np.ndarray | None
     seconds: SlideSeconds
@@ -48,7 +50,9 @@ class EmbeddedSlide:
 
 @dataclass
 class _Partial:
-    features: np.ndarray  # (N, D), filled from the front
+    features: np.ndarray  # (N, D), filled from the front; (0, 0) until the first are there
+    numbers: list[np.ndarray] = field(default_factory=list)  # (b,) each
+    n_embedded: int = 0
     quality: list[np.ndarray] = field(default_factory=list)  # (B, Q) each
     read_seconds: float = 0.0
     embed_seconds: float = 0.0
@@ -73,12 +77,13 @@ def embed(
         Each slide once all of its tiles are embedded, or its failure; a failed slide's features are dropped.
     """
     partials: dict[str, _Partial] = {}
-    under_way: tuple[TileBatch, PendingFeatures] | None = None
+    under_way: tuple[TileBatch, PendingFeatures | None] | None = None
     for event in chain(events, [None]):  # None: the end
         begun = time.perf_counter()
-        pending = encoder.begin(event.tiles) if isinstance(event, TileBatch) else None
+        pending = encoder.begin(event.tiles) if isinstance(event, TileBatch) and len(event.tiles) else None
         if under_way is not None:
-            batch, features = under_way[0], under_way[1].result()
+            batch, before = under_way
+            features = None if before is None else before.result()  # None: all tiles were dropped
             yield from _handed_out(batch, features, time.perf_counter() - begun, partials)
             on_batch(batch)
         under_way = None
@@ -86,8 +91,9 @@ def embed(
             partials.pop(event.source.slide_id, None)
             yield event
         elif isinstance(event, PreparedSlide):
-            yield EmbeddedSlide(event, np.empty((0, 0), np.float32), None, SlideSeconds(tissue=event.seconds))
-        elif pending is not None:
+            none = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+            yield EmbeddedSlide(event, *none, None, SlideSeconds(tissue=event.seconds))
+        elif event is not None:
             under_way = (event, pending)
 
 
@@ -97,7 +103,7 @@ def write_embedded(path: Path, embedded: EmbeddedSlide, *, encoder: Encoder, pre
     Raises:
         FeatureFileError: If a feature is NaN or infinite.
     """
-    prepared = embedded.prepared
+    prepared, numbers = embedded.prepared, embedded.numbers
     slide, grid = prepared.slide, prepared.grid
     magnification = slide.magnification
     meta = FeatureMeta(
@@ -116,20 +122,28 @@ def write_embedded(path: Path, embedded: EmbeddedSlide, *, encoder: Encoder, pre
         target_magnification=None if magnification is None else magnification * slide.mpp / grid.tile_mpp,
     )
     write_feature_file(
-        path, features=embedded.features, coords=grid.coords, tissue_fraction=grid.tissue_fraction, meta=meta
+        path,
+        features=embedded.features,
+        coords=grid.coords[numbers],
+        tissue_fraction=grid.tissue_fraction[numbers],
+        meta=meta,
+        quality=None if embedded.quality is None else embedded.quality[numbers],
     )
 
 
 def _handed_out(
-    batch: TileBatch, features: np.ndarray, embed_seconds: float, partials: dict[str, _Partial]
+    batch: TileBatch, features: np.ndarray | None, embed_seconds: float, partials: dict[str, _Partial]
 ) -> Iterator[EmbeddedSlide]:
-    """Put a batch's features into its slide's; yield the slide if it is complete by them."""
+    """Put a batch's features, if it has any, into its slide's; yield the slide if it is complete by them."""
     prepared, slide_id = batch.prepared, batch.prepared.source.slide_id
     n_slide_tiles = len(prepared.grid)
-    if slide_id not in partials:
-        partials[slide_id] = _Partial(np.empty((n_slide_tiles, features.shape[1]), features.dtype))
-    partial = partials[slide_id]
-    partial.features[batch.start : batch.stop] = features
+    partial = partials.setdefault(slide_id, _Partial(np.empty((0, 0), np.float32)))
+    if features is not None:
+        if not len(partial.features):
+            partial.features = np.empty((n_slide_tiles, features.shape[1]), features.dtype)
+        partial.features[partial.n_embedded : partial.n_embedded + len(features)] = features
+        partial.n_embedded += len(features)
+    partial.numbers.append(batch.numbers)
     if batch.quality is not None:
         partial.quality.append(batch.quality)
     partial.read_seconds += batch.seconds
@@ -138,4 +152,5 @@ def _handed_out(
         del partials[slide_id]
         seconds = SlideSeconds(prepared.seconds, partial.read_seconds, partial.embed_seconds)
         quality = np.concatenate(partial.quality) if partial.quality else None
-        yield EmbeddedSlide(prepared, partial.features, quality, seconds)
+        embedded = partial.features[: partial.n_embedded]
+        yield EmbeddedSlide(prepared, np.concatenate(partial.numbers), embedded, quality, seconds)

@@ -1,7 +1,8 @@
 """The feature file: one HDF5 file a slide, a superset of TRIDENT's, written whole or not at all.
 
-What is written where: datasets `features` (N, D), `coords` (N, 2) and `tissue_fraction` (N,); the attributes are listed
-in `_ATTRIBUTES` below. The datasets are contiguous and not compressed, so that `features` can be memory-mapped.
+What is written where: datasets `features` (N, D), `coords` (N, 2), `tissue_fraction` (N,) and, where it was measured,
+`quality` (N, 6), whose attribute `measures` names its columns; the other attributes are listed in `_ATTRIBUTES` below.
+The datasets are contiguous and not compressed, so that `features` can be memory-mapped.
 
 What is not known, in files converted from formats that state less: an attribute is left out and named in the file's
 attribute `unknown`, as a reader would take any number for real; here it reads as -1 (pixels), NaN (µm/px) or "" (names
@@ -21,6 +22,7 @@ FORMAT = "acmil-features"
 FORMAT_VERSION = 1
 SUFFIX = ".h5"
 UNKNOWN_PX = -1  # a number of pixels, or a coordinate, that is not known
+MEASURES = ("focus", "pen", "fold", "blood", "dark", "stain")  # the columns of `quality`, see `quality.py`
 
 _BLOCK_VALUES = 1 << 22  # features are checked in blocks of this many numbers: 8 to 16 MB at a time
 # What h5py raises on damaged files, depending on which part of the file is gone.
@@ -138,9 +140,21 @@ class FeatureFile:
         with h5py.File(self.path, "r") as file:
             return file["tissue_fraction"][...].astype(np.float32, copy=False)
 
+    def quality(self) -> np.ndarray | None:
+        """Return the tiles' quality (N, 6), float32, columns as in `MEASURES`; None where it was not measured."""
+        with h5py.File(self.path, "r") as file:
+            dataset = file.get("quality")
+            return dataset[...].astype(np.float32, copy=False) if isinstance(dataset, h5py.Dataset) else None
+
 
 def write_feature_file(
-    path: Path, *, features: np.ndarray, coords: np.ndarray, tissue_fraction: np.ndarray, meta: FeatureMeta
+    path: Path,
+    *,
+    features: np.ndarray,
+    coords: np.ndarray,
+    tissue_fraction: np.ndarray,
+    meta: FeatureMeta,
+    quality: np.ndarray | None = None,
 ) -> None:
     """Write one slide's features; the file appears under its name only when it is whole and on the disk.
 
@@ -150,6 +164,7 @@ def write_feature_file(
         coords: (N, 2) integer, (x, y) of each tile's top-left corner in level-0 px.
         tissue_fraction: (N,) float, share of each tile that is tissue.
         meta: Where the features come from.
+        quality: (N, 6) float, finite, columns as in `MEASURES`; None where it was not measured.
 
     Raises:
         FeatureFileError: If there is no tile, shapes disagree, the type is another, or a value is NaN or infinite.
@@ -157,6 +172,9 @@ def write_feature_file(
     path = Path(path)
     _check_shapes(path, features.shape, coords.shape, tissue_fraction.shape)
     _check_types(path, features.dtype, coords.dtype, tissue_fraction.dtype)
+    if quality is not None:
+        _check_quality(path, quality, MEASURES, n_tiles=len(features))
+        _check_finite_quality(path, quality)
     _check_finite(path, features, mend="float16 holds up to 65504: try feature_dtype float32, or precision fp32.")
     # Alignment: a memory-mapped array must start at a multiple of its item size.
     alignment = {"alignment_threshold": 1, "alignment_interval": 8}
@@ -164,6 +182,9 @@ def write_feature_file(
         file.create_dataset("features", data=features)
         file.create_dataset("coords", data=coords.astype(np.int64, copy=False))
         file.create_dataset("tissue_fraction", data=tissue_fraction.astype(np.float32, copy=False))
+        if quality is not None:
+            file.create_dataset("quality", data=quality.astype(np.float32, copy=False))
+            file["quality"].attrs["measures"] = MEASURES
         _write_attributes(file, meta)
         file.flush()
         file.attrs["complete"] = True
@@ -207,6 +228,10 @@ def _checked(path: Path, file: h5py.File, *, check_values: bool) -> FeatureFile:
     features, coords, tissue_fraction = (file[name] for name in names)
     _check_shapes(path, features.shape, coords.shape, tissue_fraction.shape)
     _check_types(path, features.dtype, coords.dtype, tissue_fraction.dtype)
+    if isinstance(quality := file.get("quality"), h5py.Dataset):
+        _check_quality(path, quality, tuple(quality.attrs.get("measures", ())), n_tiles=features.shape[0])
+        if check_values:
+            _check_finite_quality(path, quality[...])
     if check_values:
         _check_finite(path, features, mend="Preprocess the slide again, with precision fp32.")
     n_tiles, n_features = features.shape
@@ -250,6 +275,20 @@ def _check_types(path: Path, features: np.dtype, coords: np.dtype, tissue_fracti
             "types must be features float16 or float32, coords int64, tissue_fraction float32, "
             f"got {features}, {coords}, {tissue_fraction} ({path})."
         )
+
+
+def _check_quality(path: Path, quality: np.ndarray | h5py.Dataset, measures: tuple[str, ...], *, n_tiles: int) -> None:
+    allowed = n_tiles, len(MEASURES)
+    if quality.shape != allowed or quality.dtype.kind != "f" or measures != MEASURES:
+        raise FeatureFileError(
+            f"quality must be float, {allowed}, of the measures {', '.join(MEASURES)}, "
+            f"got {quality.dtype}, {quality.shape}, {', '.join(map(str, measures)) or 'not named'} ({path})."
+        )
+
+
+def _check_finite_quality(path: Path, quality: np.ndarray) -> None:
+    if not np.isfinite(quality).all():
+        raise FeatureFileError(f"quality must be finite, got NaN or infinity ({path}). {_MEND}")
 
 
 def _check_finite(path: Path, features: np.ndarray | h5py.Dataset, *, mend: str) -> None:

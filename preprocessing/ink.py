@@ -126,13 +126,13 @@ def _brightness_and_spread(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_cold(density: np.ndarray, *, least: float, margin: float) -> np.ndarray:
     """Blue and green: red is taken out most; a violet blue takes as much out of green, but leaves blue alone."""
-    red, green, blue = np.moveaxis(density, -1, 0)  # (h, w) each
+    red, green, blue = cv2.split(density)  # (h, w) each
     is_violet = (red > 0.85 * green) & (blue < 0.4 * green)
     return (red > least) & ((red - green > margin + 0.1 * green) | is_violet)
 
 
 def _is_red(density: np.ndarray, *, least: float) -> np.ndarray:
-    red, green, blue = np.moveaxis(density, -1, 0)  # (h, w) each
+    red, green, blue = cv2.split(density)  # (h, w) each
     return (green > least) & (red < 0.12 * green) & (blue > 0.7 * green)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acmil.preprocessing.allocator import keep_large_buffers
-from acmil.preprocessing.config import PreprocessConfig
+from acmil.preprocessing.config import QUALITY_LIMITS, PreprocessConfig
 from acmil.preprocessing.encoders import Encoder, create_encoder
 from acmil.preprocessing.encoders.registry import tile_advice
 from acmil.preprocessing.job_folder import JobFolder
@@ -30,7 +30,7 @@ class JobSummary:
     Attributes:
         out: The job folder.
         done: Slides that got their feature file in this run.
-        empty: Slides found in this run to have no tiles.
+        empty: Slides found in this run to have no tiles, or none within the limits of quality.
         failed: Slides that failed, here or in a process beside this one; `slides.csv` says why.
         skipped: Slides that were done, or found empty, in an earlier run or by another process.
         tiles: Tiles of all slides that have features, those of earlier runs too.
@@ -158,7 +158,7 @@ def _numbers(config: PreprocessConfig, encoder: Encoder) -> dict[str, Any]:
         "encoder": encoder.name,
         "encoder_digest": encoder.digest,
         "precision": encoder.precision,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in (*names, *QUALITY_LIMITS)},
         "tissue_from": None if config.tissue_from is None else "outlines",  # each slide's are compared by themselves
     }
 

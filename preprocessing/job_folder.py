@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.tile_images import TileStore, tile_image_paths
-from acmil.preprocessing.tissue_outlines import OutlineError, outlines_path, read_tissue_outlines, to_feature
+from acmil.preprocessing.tissue_outlines import (
+    OutlineError,
+    Polygon,
+    outlines_path,
+    read_tissue_outlines,
+    to_feature,
+)
 
 _PACKAGES = (
     *("acmil", "torch", "timm", "numpy", "opencv-python-headless"),
@@ -73,6 +79,12 @@ class JobFolder:
         """Where a slide's feature file is."""
         return self.path / "features" / f"{slide_id}{SUFFIX}"
 
+    def digest_of(self, outlines: Sequence[Polygon]) -> str:
+        """The digest of one slide's result: of the options and, where tissue is given, of its outlines."""
+        if self._outlines is None:
+            return self.digest
+        return _digest({**self.numbers, "outlines": [to_feature(polygon) for polygon in outlines]})
+
     def write_config(self, options: Mapping[str, Any]) -> None:
         """Write `config.yaml`: options, what they came to, versions.
 
@@ -99,7 +111,8 @@ class JobFolder:
             file = open_feature_file(self.features(source.slide_id), check_values=False)  # they were when written
         except FeatureFileError:
             return None
-        is_same = file.meta.preprocessing_digest == self.digest and file.meta.slide_id == source.slide_id
+        is_same = file.meta.preprocessing_digest == self._digest_now(source.slide_id)
+        is_same = is_same and file.meta.slide_id == source.slide_id
         is_same = is_same and _agrees(source.mpp, file.meta.level0_mpp) and self._has_same_outlines(source.slide_id)
         if is_same and self.tiles is not None:
             is_same = self.tiles.has(source.slide_id, file.n_tiles)
@@ -132,11 +145,18 @@ class JobFolder:
             _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
             write_bytes(self._preview(slide_id), encoded.tobytes())
 
+    def _digest_now(self, slide_id: str) -> str | None:
+        """The digest of a slide's result that is of the outlines given now; None where these cannot be used."""
+        try:
+            return self.digest_of(() if self._outlines is None else read_tissue_outlines(self._outlines, slide_id))
+        except OutlineError:
+            return None
+
     def _has_same_outlines(self, slide_id: str) -> bool:
         """Whether a slide's result is of the outlines that are given now, which may have been edited since.
 
-        The options' digest only says that outlines were given. What they were is kept as the slide's own outlines, and
-        compared point by point: a slide whose outlines were edited is done anew, the others are left alone.
+        What they were is kept as the slide's own outlines, and compared point by point: a slide whose outlines were
+        edited is done anew, the others are left alone.
         """
         if self._outlines is None:
             return True

@@ -6,18 +6,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TypeAlias
 
 from acmil.preprocessing.batch_encoder import BatchEncoder
 from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.embedding import EmbeddedSlide, embed, write_embedded
 from acmil.preprocessing.encoders import Encoder
-from acmil.preprocessing.feature_file import FeatureFileError
+from acmil.preprocessing.feature_file import FeatureFile, FeatureFileError
 from acmil.preprocessing.job_folder import JobFolder
-from acmil.preprocessing.ledger import Row
+from acmil.preprocessing.ledger import Row, Status
 from acmil.preprocessing.prepare import PreparedSlide, with_normal_stains
 from acmil.preprocessing.progress import Progress
+from acmil.preprocessing.quality import quality_summary, tile_quality, within_limits
 from acmil.preprocessing.slide import SlideError
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
@@ -59,6 +61,8 @@ class JobRun:
         self._batch_encoder = BatchEncoder(encoder, feature_dtype=config.feature_dtype, batch_size=config.batch_size)
         self._progress = progress
         self._transform = None if config.stain_normalisation == "none" else with_normal_stains
+        self._examine = tile_quality if config.tissue == "brightfield" else None
+        self._limits = config.quality_limits
         self._tiles: TileWriter | None = None
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
@@ -116,6 +120,8 @@ class JobRun:
             batch_size=self._batch_size,
             workers=workers,
             allocate=self._batch_encoder.allocate,
+            examine=self._examine,
+            keep=partial(within_limits, limits=self._limits) if self._limits else None,
             transform=self._transform,
         )
         events = stream if self._tiles is None else self._tiles.watch(stream)
@@ -152,16 +158,19 @@ class JobRun:
     def _finished(self, source: SlideSource) -> Row | None:
         """A slide's row, if nothing is left to do for it."""
         row = self._folder.ledger.get(source.slide_id)
-        if (file := self._folder.finished(source)) is not None:
-            seconds = row.seconds if row is not None else 0.0
-            path = str(source.path.absolute())
-            ink_removed, alarms = (row.ink_removed, row.alarms) if row is not None else (0.0, "")
-            return Row(
-                *(source.slide_id, path, "done", file.n_tiles, file.meta.level0_mpp, seconds),
-                ink_removed=ink_removed,
-                alarms=alarms,
-            )
-        return row if self._folder.was_empty(source) else None
+        if (file := self._folder.finished(source)) is None:
+            return row if self._folder.was_empty(source) else None
+        path = str(source.path.absolute())
+        if row is None or row.status != "done":
+            row = self._row_of(file)
+        return replace(row, path=path, tiles=file.n_tiles, mpp=file.meta.level0_mpp)
+
+    def _row_of(self, file: FeatureFile) -> Row:
+        """What is left of the row of a slide whose process died between writing its feature file and its row."""
+        row = Row(file.meta.slide_id, "", "done")
+        if self._limits:
+            return row  # the file knows nothing of the tiles that were dropped
+        return replace(row, tiles_dropped=0, **quality_summary(file.quality()))
 
     def _keep(self, row: Row) -> None:
         self.n_kept_tiles += row.tiles
@@ -205,13 +214,15 @@ class JobRun:
     def _finish(self, embedded: EmbeddedSlide) -> Row:
         """Write what there is of a slide; its feature file last, as that one says that the slide is done."""
         prepared, begun = embedded.prepared, time.perf_counter()
-        slide_id, n_tiles = prepared.source.slide_id, len(prepared.grid)
+        slide_id, n_tiles = prepared.source.slide_id, len(embedded.numbers)
         try:
             self._folder.write_outlines(prepared)
-            if n_tiles and self._tiles is not None:
+            if self._tiles is not None and not n_tiles:
+                self._tiles.drop(slide_id)
+            elif self._tiles is not None:
                 self._tiles.finish(slide_id)
             if n_tiles:
-                path, digest = self._folder.features(slide_id), self._folder.digest
+                path, digest = self._folder.features(slide_id), self._folder.digest_of(prepared.tissue.polygons)
                 write_embedded(path, embedded, encoder=self._encoder, preprocessing_digest=digest)
         except FeatureFileError as error:
             self._folder.clear(slide_id)
@@ -220,18 +231,25 @@ class JobRun:
         for stage, seconds in (asdict(embedded.seconds) | {"write": write_seconds}).items():
             self.seconds[stage] += seconds
         seconds = embedded.seconds.total + write_seconds
-        status = "done" if n_tiles else "empty"
+        status: Status = "done" if n_tiles else "empty"
         logger.info("%s: %s, %d tiles, %.1f s", slide_id, status, n_tiles, seconds)
-        path, tissue = str(prepared.source.path.absolute()), prepared.tissue
+        tissue = prepared.tissue
         alarms = tissue.alarms if n_tiles else (*tissue.alarms, _why_empty(prepared))
         for alarm in alarms:
             logger.warning("%s: %s", slide_id, alarm)
         if tissue.ink_fraction:
             logger.info("%s: pen ink on %.2f of the thumbnail", slide_id, tissue.ink_fraction)
         return Row(
-            *(slide_id, path, status, n_tiles, prepared.slide.mpp, round(seconds, 3)),
+            slide_id=slide_id,
+            path=str(prepared.source.path.absolute()),
+            status=status,
+            tiles=n_tiles,
+            mpp=prepared.slide.mpp,
+            seconds=round(seconds, 3),
             ink_removed=round(tissue.ink_removed, 4),
             alarms="; ".join(alarms),
+            tiles_dropped=len(prepared.grid) - n_tiles,
+            **quality_summary(embedded.quality),
         )
 
     def _failed(self, failure: SlideFailure) -> Row:
@@ -247,8 +265,10 @@ class JobRun:
 
 
 def _why_empty(prepared: PreparedSlide) -> str:
-    """Say why a slide has no tile."""
+    """Say why a slide has no tile left."""
     slide, side = prepared.slide, prepared.grid.tile_level0_px
+    if len(prepared.grid):
+        return f"no tile is within the limits of quality: all {len(prepared.grid)} were dropped"
     if min(slide.width, slide.height) < side:
         return f"no tile: the slide is {slide.width} x {slide.height} px, smaller than a tile of {side} level-0 px"
     return "no tile holds enough tissue"

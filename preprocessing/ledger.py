@@ -33,13 +33,22 @@ class Row:
     Attributes:
         slide_id: Its name.
         path: The slide file.
-        status: done; empty: smaller than a tile, or without tissue; failed: `error` says why; pending.
-        tiles: Number of tiles.
+        status: done; empty: without a tile, `alarms` says why; failed: `error` says why; pending.
+        tiles: Number of tiles with features.
         mpp: Resolution of level 0 in µm/px, None where it is not known.
         seconds: Seconds of work, those of all threads added up.
         error: Why it failed.
         ink_removed: Share of the tissue that was pen ink and was taken out, in [0, 1].
         alarms: What someone should look at, "; " between.
+        tiles_dropped: Number of tiles beyond the limits of quality, which were read and have no features; None where it
+            is not known.
+        focus_median: Median focus of all tiles read, those dropped too; see `quality.py`. This and the following are
+            None where quality was not measured or is not known.
+        pen_mean: Mean share of a tile that is pen ink, in [0, 1].
+        fold_mean: Mean share that is folded, in [0, 1].
+        blood_mean: Mean share that is red cells, in [0, 1].
+        dark_mean: Mean share that is dark, in [0, 1].
+        stain_mean: Mean optical density of the tissue.
     """
 
     slide_id: str
@@ -51,6 +60,13 @@ class Row:
     error: str = ""
     ink_removed: float = 0.0
     alarms: str = ""
+    tiles_dropped: int | None = None
+    focus_median: float | None = None
+    pen_mean: float | None = None
+    fold_mean: float | None = None
+    blood_mean: float | None = None
+    dark_mean: float | None = None
+    stain_mean: float | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -172,11 +188,22 @@ def _row(cells: dict[str, str], where: str) -> Row:
             path=cells["path"],
             status=cells["status"],  # type: ignore[arg-type]  # checked above
             tiles=int(cells["tiles"]),
-            mpp=float(cells["mpp"]) if cells["mpp"] else None,
+            mpp=_float(cells["mpp"]),
             seconds=float(cells["seconds"]),
             error=cells["error"],
-            ink_removed=float(cells.get("ink_removed") or 0.0),
-            alarms=cells.get("alarms") or "",
+            ink_removed=float(cells["ink_removed"]),
+            alarms=cells["alarms"],
+            tiles_dropped=int(cells["tiles_dropped"]) if cells["tiles_dropped"] else None,
+            focus_median=_float(cells["focus_median"]),
+            pen_mean=_float(cells["pen_mean"]),
+            fold_mean=_float(cells["fold_mean"]),
+            blood_mean=_float(cells["blood_mean"]),
+            dark_mean=_float(cells["dark_mean"]),
+            stain_mean=_float(cells["stain_mean"]),
         )
     except (ValueError, TypeError) as error:
         raise LedgerError(f"slides.csv must hold rows as they were written, got {error} ({where}).") from error
+
+
+def _float(cell: str) -> float | None:
+    return float(cell) if cell else None

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
+import cv2
 import numpy as np
 
 from acmil.preprocessing.prepare import PreparedSlide
@@ -28,20 +29,22 @@ _SLIDES_AHEAD = 2  # slides that are being opened and searched for tissue while 
 
 @dataclass(frozen=True)
 class TileBatch:
-    """Tiles `start` to `stop` of one slide's grid, for the encoder.
+    """Tiles `start` to `stop` of one slide's grid, for the encoder, but for those that are dropped.
 
     Attributes:
         prepared: The slide.
         start: The first of the tiles in the slide's grid.
         stop: One beyond the last.
-        tiles: (stop - start, tile_px, tile_px, 3) uint8 RGB.
-        quality: (stop - start, Q) float32, what `examine` says of them; None without it.
+        numbers: (n,) int, those of the tiles that are kept, in the slide's grid, ascending.
+        tiles: (n, tile_px, tile_px, 3) uint8 RGB.
+        quality: (stop - start, Q) float32, what `examine` says of all of them; None without it.
         seconds: What reading them took.
     """
 
     prepared: PreparedSlide
     start: int
     stop: int
+    numbers: np.ndarray
     tiles: np.ndarray
     quality: np.ndarray | None
     seconds: float
@@ -85,10 +88,10 @@ class _Run:
 class TileStream:
     """Iterate over the tiles of many slides.
 
-    Yields, slide after slide, `TileBatch`es of `batch_size` tiles (a slide's last one may hold fewer), a
-    `PreparedSlide` for each slide without tiles, and a `SlideFailure` for each slide that failed. Tiles of a failed
-    slide may have been in earlier batches; none comes after the failure. At most about two batches of tiles are held
-    beyond the one yielded, and a bounded number of bytes.
+    Yields, slide after slide, `TileBatch`es of `batch_size` tiles (a slide's last one may hold fewer, as may those of
+    which tiles are dropped), a `PreparedSlide` for each slide without tiles, and a `SlideFailure` for each slide that
+    failed. Tiles of a failed slide may have been in earlier batches; none comes after the failure. At most about two
+    batches of tiles are held beyond the one yielded, and a bounded number of bytes.
 
     Args:
         sources: The slides; asked for one by one, shortly before they are opened.
@@ -97,6 +100,7 @@ class TileStream:
         workers: Reader threads.
         allocate: Makes the array of a batch, of the shape given; pages that a GPU reads directly, for instance.
         examine: Measures tiles (n, h, w, 3) as they were read: (n, Q) float32. Called in the reader threads.
+        keep: Says from what `examine` says of a batch's tiles, (B, Q), which to go on with: bool (B,).
         transform: Turns tiles (n, h, w, 3) of a slide into those that the encoder gets, of the same shape, uint8.
             Called in the reader threads, after `examine`.
     """
@@ -110,11 +114,13 @@ class TileStream:
         workers: int,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_tiles,
         examine: Callable[[np.ndarray], np.ndarray] | None = None,
+        keep: Callable[[np.ndarray], np.ndarray] | None = None,
         transform: Callable[[PreparedSlide, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._sources = sources
         self._allocate = allocate
         self._examine = examine
+        self._keep = keep
         self._transform = transform
         self._prepare = prepare
         self._batch_size = batch_size
@@ -123,10 +129,13 @@ class TileStream:
 
     def __iter__(self) -> Iterator[StreamEvent]:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="slide-reader")
+        opencv_threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # the readers share the cores already
         try:
             yield from self._batches(pool)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            cv2.setNumThreads(opencv_threads)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[StreamEvent]:
         done: list[_Read] = []  # runs of one batch
@@ -141,8 +150,20 @@ class TileStream:
             elif outcome is not None:
                 done.append(outcome)
                 if item.stop == item.batch_start + len(item.batch_tiles):
-                    yield _batch(item, done)
+                    yield self._batch(item, done)
                     done = []
+
+    def _batch(self, last: _Run, done: list[_Read]) -> TileBatch:
+        """A batch whose runs have all been read, by its last one."""
+        parts = [read.quality for read in done if read.quality is not None]
+        quality = np.concatenate(parts) if parts else None  # (B, Q)
+        numbers, tiles = np.arange(last.batch_start, last.stop), last.batch_tiles
+        if self._keep is not None and quality is not None and not (kept := self._keep(quality)).all():
+            numbers = numbers[kept]
+            tiles[: len(numbers)] = tiles[kept]  # moved up within memory that a GPU may read directly
+            tiles = tiles[: len(numbers)]
+        seconds = sum(read.seconds for read in done)
+        return TileBatch(last.prepared, last.batch_start, last.stop, numbers, tiles, quality, seconds)
 
     def _taken(self, run: _Run) -> _Read | SlideFailure | None:
         """Wait for a run's tiles; None if its slide has failed before."""
@@ -225,14 +246,6 @@ def _runs_in_bytes(run: _Run) -> int:
     """Number of runs of this size whose pixels may be held at a time, at least one."""
     run_bytes = _RUN_TILES * run.batch_tiles[0].nbytes
     return max(1, _MOST_BYTES_AHEAD // run_bytes)
-
-
-def _batch(last: _Run, done: list[_Read]) -> TileBatch:
-    """A batch whose runs have all been read, by its last one."""
-    parts = [read.quality for read in done if read.quality is not None]
-    quality = np.concatenate(parts) if parts else None  # (B, Q)
-    seconds = sum(read.seconds for read in done)
-    return TileBatch(last.prepared, last.batch_start, last.stop, last.batch_tiles, quality, seconds)
 
 
 def _outcome(future: Future[T]) -> T | Exception:

@@ -7,7 +7,8 @@ A slide's pictures are written under a temporary name and put into place whole, 
 fails leaves none. The bytes depend on the slide and the options alone: a tar holds no time, no user and no group. It is
 flushed to the disk before it is put into place, as feature files are. The many files of a folder are left to the
 system for that, so that a power cut, unlike a killed process, may harm them. Only tiles are written, never the label or
-the overview picture that a slide file may hold.
+the overview picture that a slide file may hold, and none that is dropped for its quality: a slide has as many pictures
+as features.
 """
 
 import tarfile
@@ -119,7 +120,7 @@ class TileWriter:
     def watch(self, events: Iterable[StreamEvent]) -> Iterator[StreamEvent]:
         """Pass a stream on, and write the tiles of its batches; what was written of a slide that fails is removed."""
         for event in events:
-            if isinstance(event, TileBatch):
+            if isinstance(event, TileBatch) and len(event.tiles):
                 self._take(event)
             elif isinstance(event, SlideFailure):
                 self.drop(event.source.slide_id)
@@ -148,7 +149,7 @@ class TileWriter:
 
     def _take(self, batch: TileBatch) -> None:
         """Hand a batch to the threads; wait if too much is with them."""
-        slide_id, coords = batch.prepared.source.slide_id, batch.prepared.grid.coords[batch.start : batch.stop]
+        slide_id, coords = batch.prepared.source.slide_id, batch.prepared.grid.coords[batch.numbers]
         slide = self._slides.setdefault(slide_id, _SlideImages())
         for start in range(0, len(coords), _RUN_TILES):
             run = slice(start, start + _RUN_TILES)

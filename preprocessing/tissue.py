@@ -239,7 +239,7 @@ def _is_dark(bounds: Rectangle, thumbnail: Thumbnail) -> bool:
     right = math.ceil((bounds.x + bounds.width) / thumbnail.downsample)
     bottom = math.ceil((bounds.y + bounds.height) / thumbnail.downsample)
     brightest = brightest_channel(thumbnail.image[top:bottom, left:right])
-    return 2 * np.count_nonzero(brightest < DARK_THUMBNAIL) > brightest.size
+    return 2 * int(np.count_nonzero(brightest < DARK_THUMBNAIL)) > brightest.size
 
 
 def _preset_alarms(preset: TissuePreset, *, is_dark: bool) -> tuple[str, ...]:

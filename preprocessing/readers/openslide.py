@@ -2,12 +2,14 @@
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import openslide
 
 from acmil.preprocessing.readers import Rectangle, SlideError, SlideFacts, whiten
+from acmil.preprocessing.readers.description import described_mpp
 
 # PIL's own errors on pixel data are OSError or ValueError; a path that cannot be read is an OSError.
 _READ_ERRORS = (openslide.OpenSlideError, OSError, ValueError)
@@ -118,15 +120,28 @@ def _facts(handle: openslide.OpenSlide) -> SlideFacts:
             openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
         )
     ]
+    mpp_x, mpp_y = _mpp(properties, (width, height))
     return SlideFacts(
         vendor=properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
         level_sizes=tuple(handle.level_dimensions),
         level_downsamples=tuple(handle.level_downsamples),
-        mpp_x=_number(properties.get(openslide.PROPERTY_NAME_MPP_X)),
-        mpp_y=_number(properties.get(openslide.PROPERTY_NAME_MPP_Y)),
+        mpp_x=mpp_x,
+        mpp_y=mpp_y,
         magnification=_number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)),
         bounds=scanned_bounds(bounds, width=width, height=height),
     )
+
+
+def _mpp(properties: Mapping[str, str], size: tuple[int, int]) -> tuple[float | None, float | None]:
+    """The resolution that OpenSlide gives, else the one that ImageJ or OME state in the description of a TIFF."""
+    names = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+    mpp_x, mpp_y = (_number(properties.get(name)) for name in names)
+    if mpp_x is None and mpp_y is None:
+        density_x, density_y = (_number(properties.get(f"tiff.{axis}Resolution")) or 0.0 for axis in "XY")
+        description = properties.get("tiff.ImageDescription", "")
+        stated = described_mpp(description, size=size, density=(density_x, density_y))
+        mpp_x, mpp_y = (None, None) if stated is None else (_number(stated[0]), _number(stated[1]))
+    return mpp_x, mpp_y
 
 
 def scanned_bounds(stated: list[float | None], *, width: int, height: int) -> Rectangle:
@@ -141,7 +156,7 @@ def scanned_bounds(stated: list[float | None], *, width: int, height: int) -> Re
     return Rectangle(left, top, right - left, bottom - top)
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str | float | None) -> float | None:
     """A property as a finite number, None where it is absent or no number."""
     try:
         value = float(text) if text is not None else math.nan

@@ -82,6 +82,14 @@ def test_failing_input_exits_1_and_debug_shows_the_traceback(capsys, tmp_path):
     [
         ("demo", "acmil.demo.pipeline.demo", DemoConfig(device="cpu")),
         ("preprocess", "acmil.preprocessing.job.preprocess", PreprocessConfig(slides=["s"], out="o", encoder="e")),
+        (
+            "preprocess",
+            "acmil.preprocessing.job.preprocess",
+            PreprocessConfig(
+                **{"slides": ["s"], "out": "o", "encoder": "e", "min_focus": 0.3, "max_pen": 0.1, "max_fold": 0.0},
+                **{"max_blood": 0.2, "max_dark": 0.4, "min_stain": 0.15},
+            ),
+        ),
         ("train", "acmil.training_run.train", TrainConfig(cohort="c", features="f", out="o")),
         ("evaluate", "acmil.evaluation.evaluate", EvaluateConfig(run="r", cohort="c", features="f", out="o")),
         ("heatmap", "acmil.heatmaps.heatmaps", HeatmapConfig(run="r", slides=["s"], features="f", out="o")),

@@ -34,6 +34,12 @@ def test_defaults():
         "device": "auto",
         "precision": "auto",
         "feature_dtype": "float16",
+        "min_focus": None,
+        "max_pen": None,
+        "max_fold": None,
+        "max_blood": None,
+        "max_dark": None,
+        "min_stain": None,
         "previews": True,
         "save_tiles": "none",
         "tile_format": "jpeg",
@@ -63,11 +69,24 @@ def test_every_option_is_described():
         ("precision", "fp8"),
         ("feature_dtype", "float64"),
         ("tile_size", 256),
+        ("min_focus", -0.1),
+        ("max_pen", 1.5),
+        ("max_fold", -0.1),
+        ("min_stain", -1.0),
     ],
 )
 def test_what_makes_no_sense_is_refused(option, value):
     with pytest.raises(ValidationError):
         PreprocessConfig(**GIVEN | {option: value})
+
+
+def test_limits_of_quality_are_those_given_and_of_brightfield():
+    assert PreprocessConfig(**GIVEN).quality_limits == {}
+    given = {"min_focus": 0.3, "max_dark": 0.0}
+    assert PreprocessConfig(**GIVEN | given).quality_limits == given
+    assert PreprocessConfig(**GIVEN, tissue="dark").quality_limits == {}
+    with pytest.raises(ValidationError, match="min_focus must not be given with tissue dark"):
+        PreprocessConfig(**GIVEN | given, tissue="dark")
 
 
 def test_options_do_not_change_afterwards():

@@ -11,7 +11,13 @@ import h5py
 import numpy as np
 import pytest
 
-from acmil.preprocessing.feature_file import FeatureFileError, FeatureMeta, open_feature_file, write_feature_file
+from acmil.preprocessing.feature_file import (
+    MEASURES,
+    FeatureFileError,
+    FeatureMeta,
+    open_feature_file,
+    write_feature_file,
+)
 
 N_TILES, N_FEATURES = 37, 11
 META = FeatureMeta(
@@ -87,7 +93,67 @@ def test_layout_is_tridents_with_more(path):
             "preprocessing_digest": "b" * 64,
             "complete": True,
         }
+        assert sorted(file) == ["coords", "features", "tissue_fraction"]
         assert file["features"].id.get_offset() % 8 == 0
+
+
+QUALITY = np.random.default_rng(1).random((N_TILES, 6)).astype(np.float32)
+
+
+def test_quality_is_there_where_it_was_measured(path):
+    write_feature_file(path, **arrays(), meta=META)
+    without = path.read_bytes()
+    assert open_feature_file(path).quality() is None
+    write_feature_file(path, **arrays(), meta=META, quality=QUALITY.astype(np.float64))
+    quality = open_feature_file(path).quality()
+    assert (quality.dtype, quality.shape) == (np.float32, (N_TILES, 6))
+    np.testing.assert_array_equal(quality, QUALITY)
+    with h5py.File(path) as file:
+        assert list(file["quality"].attrs["measures"]) == ["focus", "pen", "fold", "blood", "dark", "stain"]
+        assert file["quality"].id.get_offset() is not None  # contiguous, as the others are
+    first = path.read_bytes()
+    write_feature_file(path, **arrays(), meta=META, quality=QUALITY)
+    assert path.read_bytes() == first
+    write_feature_file(path, **arrays(), meta=META)
+    assert path.read_bytes() == without
+
+
+@pytest.mark.parametrize("bad", [QUALITY[1:], QUALITY[:, :5], QUALITY[:, 0], np.zeros((N_TILES, 6), np.int64)])
+def test_quality_of_another_shape_or_type_is_refused(path, bad):
+    with pytest.raises(FeatureFileError, match=r"quality must be float, \(37, 6\), of the measures focus, pen, "):
+        write_feature_file(path, **arrays(), meta=META, quality=bad)
+    assert not path.exists()
+    write_feature_file(path, **arrays(), meta=META)
+    with h5py.File(path, "r+") as file:
+        file["quality"] = bad
+        file["quality"].attrs["measures"] = MEASURES
+    with pytest.raises(FeatureFileError, match=r"quality must be .*slide_1\.h5"):
+        open_feature_file(path)
+
+
+def test_quality_of_other_measures_is_refused(path):
+    write_feature_file(path, **arrays(), meta=META, quality=QUALITY)
+    with h5py.File(path, "r+") as file:
+        file["quality"].attrs["measures"] = ["pen", "focus", "fold", "blood", "dark", "stain"]
+    with pytest.raises(FeatureFileError, match=r"got float32, .*, pen, focus, fold"):
+        open_feature_file(path)
+    with h5py.File(path, "r+") as file:
+        del file["quality"].attrs["measures"]
+    with pytest.raises(FeatureFileError, match="not named"):
+        open_feature_file(path)
+
+
+def test_quality_that_is_not_finite_is_refused(path):
+    bad = QUALITY.copy()
+    bad[3, 4] = np.nan
+    with pytest.raises(FeatureFileError, match="quality must be finite"):
+        write_feature_file(path, **arrays(), meta=META, quality=bad)
+    write_feature_file(path, **arrays(), meta=META, quality=QUALITY)
+    with h5py.File(path, "r+") as file:
+        file["quality"][3, 4] = np.inf
+    with pytest.raises(FeatureFileError, match=r"quality must be finite.*slide_1\.h5"):
+        open_feature_file(path)
+    assert open_feature_file(path, check_values=False).n_tiles == N_TILES
 
 
 def test_unknown_magnification_stays_unknown(path):

@@ -20,6 +20,7 @@ from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.feature_file import open_feature_file
 from acmil.preprocessing.job import preprocess
 from acmil.preprocessing.job_folder import JobError
+from acmil.preprocessing.quality import tile_quality
 from acmil.preprocessing.slide import Slide, SlideError
 from acmil.preprocessing.slide_list import SlideListError
 
@@ -68,8 +69,10 @@ def configured(tmp_path, weights):
 def rows(job: Path) -> dict[str, dict[str, str]]:
     with (job / "slides.csv").open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        names = ["slide_id", "path", "status", "tiles", "mpp", "seconds", "error", "ink_removed", "alarms"]
-        assert reader.fieldnames == names
+        assert reader.fieldnames == [
+            *("slide_id", "path", "status", "tiles", "mpp", "seconds", "error", "ink_removed", "alarms"),
+            *("tiles_dropped", "focus_median", "pen_mean", "fold_mean", "blood_mean", "dark_mean", "stain_mean"),
+        ]
         return {row["slide_id"]: row for row in reader}
 
 
@@ -117,10 +120,17 @@ def test_a_job_writes_the_features_of_each_tile(slides, configured, weights, tmp
         np.testing.assert_allclose(file.features(), expected, rtol=1e-3, atol=1e-5)
         assert (np.lexsort(file.coords().T) == np.arange(file.n_tiles)).all()  # by y, then by x
         assert file.tissue_fraction().min() >= 0.25
+        np.testing.assert_array_equal(file.quality(), tile_quality(tiles))
         row = rows(job)[name]
         assert (row["status"], int(row["tiles"]), row["error"]) == ("done", file.n_tiles, "")
         assert row["path"] == str(slides / f"{name}.tiff")
         assert float(row["mpp"]) == pytest.approx(mpp, rel=1e-4)
+        assert row["tiles_dropped"] == "0"
+        means = file.quality().mean(axis=0)
+        assert float(row["focus_median"]) == pytest.approx(np.median(file.quality()[:, 0]), abs=1e-4)
+        names = ("pen_mean", "fold_mean", "blood_mean", "dark_mean", "stain_mean")
+        assert [float(row[name]) for name in names] == pytest.approx(means[1:], abs=1e-4)
+        assert float(row["stain_mean"]) > 0.2
         n_tiles += file.n_tiles
         outlines = json.loads((job / "tissue" / f"{name}.geojson").read_text())
         assert outlines["features"]

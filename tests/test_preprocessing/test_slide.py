@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 import acmil.preprocessing
 from acmil.preprocessing.readers import Rectangle, whiten
@@ -41,6 +42,41 @@ def test_size_and_resolution_of_a_written_slide(tmp_path, write_slide):
         assert repr(slide) == "Slide('a.b', 900 x 600 px, generic-tiff)"
     with Slide.open(str(path), slide_id="other", mpp=0.5) as slide:
         assert (slide.slide_id, slide.mpp, slide.path) == ("other", 0.5, path)
+
+
+OME_PIXELS = 'SizeX="600" SizeY="400" PhysicalSizeX="0.25" PhysicalSizeY="0.26"'
+
+
+@pytest.mark.parametrize(
+    ("description", "density", "mpp"),
+    [
+        (f'<?xml version="1.0"?><OME xmlns="urn:x"><Image><Pixels {OME_PIXELS}/></Image></OME>', None, 0.255),
+        ("ImageJ=1.54f\nunit=micron\n", (4.0, 4.0), 0.25),
+        ("ImageJ=1.54f\nunit=inch\n", (4.0, 4.0), None),
+    ],
+)
+def test_a_pyramid_of_ome_or_imagej_has_the_resolution_of_its_description(tmp_path, description, density, mpp):
+    path, image = tmp_path / "a.tiff", np.full((400, 600, 3), 200, np.uint8)
+    common = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(image, description=description, resolution=density, resolutionunit="NONE", **common)
+        tiff.write(image[::4, ::4], subfiletype=1, **common)
+    with Slide.open(path) as slide:
+        assert (slide.vendor, slide.width) == ("generic-tiff", 600)
+        if mpp is None:
+            with pytest.raises(SlideError, match="mpp-override"):
+                _ = slide.mpp
+        else:
+            assert slide.mpp == pytest.approx(mpp, rel=1e-6)
+
+
+def test_the_tags_of_a_pyramid_win_over_its_description(tmp_path):
+    description = f"<OME><Image><Pixels {OME_PIXELS}/></Image></OME>"
+    options = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER", "metadata": None, "tile": (128, 128)}
+    image = np.zeros((400, 600, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tiff", image, description=description, photometric="rgb", **options)
+    with Slide.open(tmp_path / "a.tiff") as slide:
+        assert slide.mpp == pytest.approx(0.5, rel=1e-6)
 
 
 def test_a_tile_of_level_0_is_its_pixels(tmp_path, write_slide):

@@ -196,6 +196,30 @@ def test_tiles_are_examined_as_read_and_then_transformed():
         np.testing.assert_array_equal(batch.tiles[:, 1, 2, 1], expected)
 
 
+@pytest.mark.parametrize("batch_size", [3, 10, 64])
+def test_tiles_that_are_not_to_be_kept_are_left_out(batch_size):
+    cohort = Cohort([7, 25, 2])
+    stream = TileStream(
+        *(cohort.sources, cohort.prepare),
+        batch_size=batch_size,
+        workers=3,
+        examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32),
+        keep=lambda quality: (quality[:, 0] % 2 == 1) & (quality[:, 0] < 20),
+    )
+    found = {"s0": [], "s1": [], "s2": []}
+    read = dict.fromkeys(found, 0)
+    for batch in stream:
+        slide_id = batch.prepared.source.slide_id
+        assert batch.start == read[slide_id]
+        read[slide_id] = batch.stop
+        np.testing.assert_array_equal(batch.quality[:, 0], np.arange(batch.start, batch.stop))
+        assert batch.tiles.shape == (len(batch.numbers), TILE_PX, TILE_PX, 3)
+        np.testing.assert_array_equal(batch.tiles[:, 1, 2, 1], batch.numbers)
+        found[slide_id] += batch.numbers.tolist()
+    assert found == {"s0": [1, 3, 5], "s1": [*range(1, 20, 2)], "s2": [1]}
+    assert read == {"s0": 7, "s1": 25, "s2": 2}
+
+
 def test_the_bytes_of_tiles_ahead_are_bounded(monkeypatch):
     from acmil.preprocessing import stream as module
 

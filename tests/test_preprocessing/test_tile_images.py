@@ -288,7 +288,7 @@ def batches(slide_id, n_tiles, *, batch_size=16, tile_px=64):
     for start in range(0, n_tiles, batch_size):
         stop = min(start + batch_size, n_tiles)
         tiles = np.random.default_rng(start).integers(0, 256, (stop - start, tile_px, tile_px, 3), dtype=np.uint8)
-        yield TileBatch(prepared, start, stop, tiles, None, 0.0)
+        yield TileBatch(prepared, start, stop, np.arange(start, stop), tiles, None, 0.0)
 
 
 def test_a_slow_disk_holds_the_stream_back(tmp_path, monkeypatch):

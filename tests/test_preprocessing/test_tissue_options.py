@@ -98,11 +98,13 @@ def test_only_what_outlines_enclose_decides_whether_a_slide_is_done_anew(
     copied.mkdir()
     (copied / "a.geojson").write_text(json.dumps(shape["geometry"], indent=2))  # the same, from elsewhere
     assert preprocess(configured(slide, tissue_from=copied)).skipped == 1
+    before = open_feature_file(tmp_path / "job/features/a.h5").meta.preprocessing_digest
     hole = [[64, 64], [128, 64], [128, 128], [64, 128], [64, 64]]
     shape["geometry"]["coordinates"].append(hole)
     (copied / "a.geojson").write_text(json.dumps(shape))
     assert preprocess(configured(slide, tissue_from=copied)).done == 1
     assert [64, 64] not in open_feature_file(tmp_path / "job/features/a.h5").coords().tolist()
+    assert open_feature_file(tmp_path / "job/features/a.h5").meta.preprocessing_digest != before
     (tmp_path / "job/tissue/a.geojson").unlink()  # nothing says any more what the features are of
     assert preprocess(configured(slide, tissue_from=copied)).done == 1
 
