@@ -197,9 +197,10 @@ def arm_bare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def arm_read(options: argparse.Namespace) -> dict[str, Any]:
-    """Opening, tissue and reading alone, with `--workers` threads."""
+    """Opening, tissue and reading alone, with `--workers` threads, or processes where `preprocess` takes these."""
     from functools import partial
 
+    from acmil.preprocessing.job_run import choose_reader
     from acmil.preprocessing.prepare import prepare_slide
     from acmil.preprocessing.slide_list import list_slides
     from acmil.preprocessing.stream import TileBatch, TileStream
@@ -216,7 +217,8 @@ def arm_read(options: argparse.Namespace) -> dict[str, Any]:
         reader=options.reader,
     )
     sources = list_slides(config.slides, mpp=None)
-    stream = TileStream(sources, prepare, batch_size=options.batch_size, workers=options.workers)
+    reader = choose_reader(options.workers, block_bytes=options.batch_size * TILE_PX**2 * 3)
+    stream = TileStream(sources, prepare, batch_size=options.batch_size, workers=options.workers, reader=reader)
     begun = time.perf_counter()
     n_tiles = sum(len(event.tiles) for event in stream if isinstance(event, TileBatch))
     return {"tiles": n_tiles, "seconds": time.perf_counter() - begun}
@@ -433,10 +435,10 @@ def on_gpu(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     few = argparse.Namespace(**vars(options) | {"slides": options.slides[:3]})
     table["timeline"] = run_arm("timeline", few, out=folder / "timeline")
     one = argparse.Namespace(**vars(options) | {"slides": options.slides[:1]})
-    table["read, 1 thread"] = run_arm("read", one, out=folder / "read", workers=1)
-    for n_threads in (4, options.workers):
-        table[f"read, {n_threads} threads"] = run_arm("read", options, out=folder / "read", workers=n_threads)
-    table[f"read with OpenSlide, {options.workers} threads"] = run_arm(
+    table["read, 1 reader"] = run_arm("read", one, out=folder / "read", workers=1)
+    for n_readers in (4, options.workers):
+        table[f"read, {n_readers} readers"] = run_arm("read", options, out=folder / "read", workers=n_readers)
+    table[f"read with OpenSlide, {options.workers} readers"] = run_arm(
         "read", few, out=folder / "read", reader="openslide"
     )
     return table

@@ -49,6 +49,16 @@ class BatchEncoder:
         is_pinned = self._encoder.device.type == "cuda"
         return torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned).numpy()
 
+    def pin(self, array: np.ndarray) -> None:
+        """Lock an array's memory in place, for a GPU to copy from while the CPU goes on; nothing for a CPU."""
+        if self._copies is not None:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)))
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Undo `pin`."""
+        if self._copies is not None:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)))
+
     def warm_up(self, tile_px: int) -> None:
         """Encode a full batch of black tiles, so that compilation and a GPU's first use come before the slides."""
         self.begin(np.zeros((self._most_tiles, tile_px, tile_px, 3), np.uint8)).result()

@@ -97,7 +97,7 @@ def preprocess(
     job = JobRun(folder, encoder, _prepare(config), config=config, progress=progress or SilentProgress())
     todo = job.plan(sources)
     if todo and (encoder.is_compiled or encoder.device.type == "cuda"):
-        job.warm_up(config.tile_px)
+        job.warm_up()
     setup_seconds = time.perf_counter() - begun
     try:
         job.run(todo, workers=workers)

@@ -17,16 +17,19 @@ from acmil.preprocessing.encoders import Encoder
 from acmil.preprocessing.feature_file import FeatureFile, FeatureFileError
 from acmil.preprocessing.job_folder import JobFolder
 from acmil.preprocessing.ledger import Row, Status
-from acmil.preprocessing.prepare import PreparedSlide, with_normal_stains
+from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.progress import Progress
 from acmil.preprocessing.quality import quality_summary, tile_quality, within_limits
+from acmil.preprocessing.reader_processes import ProcessReaders
 from acmil.preprocessing.slide import SlideError
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
 from acmil.preprocessing.tile_images import TileWriter
+from acmil.preprocessing.tile_readers import Examine, ThreadReader, TileReader
 
 logger = logging.getLogger(__name__)
 
+_MOST_THREADS = 4  # that read by themselves; more gain little, and hold up the one that feeds the encoder
 _MOST_UNWRITTEN = 4  # slides whose features wait to be written, in memory
 _LOOKS_PER_BEAT = 4
 
@@ -58,9 +61,9 @@ class JobRun:
         self._encoder = encoder
         self._prepare = prepare
         self._batch_size = config.batch_size
+        self._tile_px = config.tile_px
         self._batch_encoder = BatchEncoder(encoder, feature_dtype=config.feature_dtype, batch_size=config.batch_size)
         self._progress = progress
-        self._transform = None if config.stain_normalisation == "none" else with_normal_stains
         self._examine = tile_quality if config.tissue == "brightfield" else None
         self._limits = config.quality_limits
         self._tiles: TileWriter | None = None
@@ -83,9 +86,9 @@ class JobRun:
         self._folder.ledger.write()
         return todo
 
-    def warm_up(self, tile_px: int) -> None:
+    def warm_up(self) -> None:
         """Have the encoder ready before the first slide: compiled for its batches, a GPU's libraries loaded."""
-        self._batch_encoder.warm_up(tile_px)
+        self._batch_encoder.warm_up(self._tile_px)
 
     def run(self, todo: Sequence[SlideSource], *, workers: int) -> None:
         """Process the slides; those that other processes hold are looked at again at the end."""
@@ -114,15 +117,14 @@ class JobRun:
 
     def _round(self, sources: Iterable[SlideSource], left: list[SlideSource], workers: int) -> None:
         """Embed slides; a thread of its own writes, so that the encoder does not wait for the disk."""
+        block_bytes = self._batch_size * self._tile_px**2 * 3
         stream = TileStream(
             sources,
             self._prepare,
             batch_size=self._batch_size,
             workers=workers,
-            allocate=self._batch_encoder.allocate,
-            examine=self._examine,
+            reader=choose_reader(workers, block_bytes=block_bytes, examine=self._examine, encoder=self._batch_encoder),
             keep=partial(within_limits, limits=self._limits) if self._limits else None,
-            transform=self._transform,
         )
         events = stream if self._tiles is None else self._tiles.watch(stream)
         writing: deque[Future[_Outcome]] = deque()
@@ -272,3 +274,21 @@ def _why_empty(prepared: PreparedSlide) -> str:
     if min(slide.width, slide.height) < side:
         return f"no tile: the slide is {slide.width} x {slide.height} px, smaller than a tile of {side} level-0 px"
     return "no tile holds enough tissue"
+
+
+def choose_reader(
+    workers: int, *, block_bytes: int, examine: Examine | None = None, encoder: BatchEncoder | None = None
+) -> TileReader:
+    """What the stream's threads read with: processes, where they would be in each other's way.
+
+    Args:
+        workers: Number of the threads.
+        block_bytes: Bytes of a full batch of tiles.
+        examine: Measures tiles; None for no measures.
+        encoder: What gets the batches; None for nothing.
+    """
+    if workers <= _MOST_THREADS or not ProcessReaders.is_available():
+        return ThreadReader(allocate=None if encoder is None else encoder.allocate, examine=examine)
+    if encoder is None:
+        return ProcessReaders(block_bytes=block_bytes, examine=examine)
+    return ProcessReaders(block_bytes=block_bytes, examine=examine, pin=encoder.pin, unpin=encoder.unpin)

@@ -75,8 +75,3 @@ def prepare_slide(
         slide.close()
         raise
     return PreparedSlide(source, slide, found, grid, preview, time.perf_counter() - start, stain_map)
-
-
-def with_normal_stains(prepared: PreparedSlide, tiles: np.ndarray) -> np.ndarray:
-    """Bring tiles (n, h, w, 3) of a slide to the reference's colours, if it was prepared for that."""
-    return tiles if prepared.stain_map is None else prepared.stain_map(tiles)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from acmil.preprocessing.geometry import RESOLUTION_TOLERANCE, check_mpp, select_level, thumbnail_side_px
 from acmil.preprocessing.readers import ReaderName, Rectangle, SlideError, SlideReader, open_reader
 
-__all__ = ["Rectangle", "Slide", "SlideError", "Thumbnail"]
+__all__ = ["Rectangle", "Slide", "SlideAddress", "SlideError", "Thumbnail"]
 
 _BLOCK_PX = 2048  # Side of the largest square read at once: 16 MiB, whatever the size of the slide.
 
@@ -30,6 +30,15 @@ class Thumbnail:
     downsample: float
 
 
+class SlideAddress(NamedTuple):
+    """What another process opens a slide by; see `Slide.open`."""
+
+    path: Path
+    slide_id: str
+    mpp: float | None
+    reader: ReaderName
+
+
 class Slide:
     """One slide: its size, its resolution and its pixels. Reading is safe from several threads.
 
@@ -40,10 +49,20 @@ class Slide:
         path: The file.
         slide_id: Name of the slide in tables and messages.
         mpp: Pixel pitch of level 0 in µm/px, in place of the file's.
+        reader_name: The name that the library was asked for by.
     """
 
-    def __init__(self, reader: SlideReader, *, path: Path, slide_id: str, mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        reader: SlideReader,
+        *,
+        path: Path,
+        slide_id: str,
+        mpp: float | None = None,
+        reader_name: ReaderName = "auto",
+    ) -> None:
         self._reader = reader
+        self._reader_name: ReaderName = reader_name
         self.path = path
         self.slide_id = slide_id
         self._stated_mpp = None if mpp is None else check_mpp(mpp, source="given by the user", slide_id=slide_id)
@@ -68,7 +87,18 @@ class Slide:
         """
         path = Path(path)
         slide_id = slide_id or path.stem
-        return cls(open_reader(path, slide_id=slide_id, reader=reader), path=path, slide_id=slide_id, mpp=mpp)
+        opened = open_reader(path, slide_id=slide_id, reader=reader)
+        return cls(opened, path=path, slide_id=slide_id, mpp=mpp, reader_name=reader)
+
+    @classmethod
+    def at(cls, address: SlideAddress) -> Self:
+        """Open the slide that has an address; see `open`."""
+        return cls.open(address.path, slide_id=address.slide_id, mpp=address.mpp, reader=address.reader)
+
+    @property
+    def address(self) -> SlideAddress:
+        """What this slide can be opened by again, in another process too."""
+        return SlideAddress(self.path.absolute(), self.slide_id, self._stated_mpp, self._reader_name)
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ import numpy as np
 
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.slide_list import SlideSource
+from acmil.preprocessing.tile_readers import ThreadReader, TileReader
 
 T = TypeVar("T")
 
@@ -62,10 +63,6 @@ class SlideFailure:
 StreamEvent: TypeAlias = TileBatch | PreparedSlide | SlideFailure
 
 
-def _new_tiles(shape: tuple[int, ...]) -> np.ndarray:
-    return np.empty(shape, np.uint8)
-
-
 @dataclass(frozen=True)
 class _Read:
     """What reading a run left beside its tiles: (n, Q) of `examine`, and the seconds it took."""
@@ -98,11 +95,8 @@ class TileStream:
         prepare: Opens a slide and lays its tiles; called in the reader threads.
         batch_size: Tiles in a batch.
         workers: Reader threads.
-        allocate: Makes the array of a batch, of the shape given; pages that a GPU reads directly, for instance.
-        examine: Measures tiles (n, h, w, 3) as they were read: (n, Q) float32. Called in the reader threads.
         keep: Says from what `examine` says of a batch's tiles, (B, Q), which to go on with: bool (B,).
-        transform: Turns tiles (n, h, w, 3) of a slide into those that the encoder gets, of the same shape, uint8.
-            Called in the reader threads, after `examine`.
+        reader: What reads the tiles; by default the threads do.
     """
 
     def __init__(
@@ -112,16 +106,12 @@ class TileStream:
         *,
         batch_size: int,
         workers: int,
-        allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_tiles,
-        examine: Callable[[np.ndarray], np.ndarray] | None = None,
         keep: Callable[[np.ndarray], np.ndarray] | None = None,
-        transform: Callable[[PreparedSlide, np.ndarray], np.ndarray] | None = None,
+        reader: TileReader | None = None,
     ) -> None:
         self._sources = sources
-        self._allocate = allocate
-        self._examine = examine
+        self._reader = ThreadReader() if reader is None else reader
         self._keep = keep
-        self._transform = transform
         self._prepare = prepare
         self._batch_size = batch_size
         self._workers = workers
@@ -131,11 +121,12 @@ class TileStream:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="slide-reader")
         opencv_threads = cv2.getNumThreads()
         cv2.setNumThreads(1)  # the readers share the cores already
-        try:
-            yield from self._batches(pool)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            cv2.setNumThreads(opencv_threads)
+        with self._reader:
+            try:
+                yield from self._batches(pool)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+                cv2.setNumThreads(opencv_threads)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[StreamEvent]:
         done: list[_Read] = []  # runs of one batch
@@ -204,7 +195,7 @@ class TileStream:
         n_tiles, side = len(prepared.grid), prepared.grid.tile_px
         for first in range(0, n_tiles, self._batch_size):
             batch_stop = min(first + self._batch_size, n_tiles)
-            tiles = self._allocate((batch_stop - first, side, side, 3))
+            tiles = self._reader.allocate((batch_stop - first, side, side, 3))
             for start in range(first, batch_stop, _RUN_TILES):
                 if prepared.source.slide_id in self._failed:
                     return
@@ -215,12 +206,7 @@ class TileStream:
     def _read(self, prepared: PreparedSlide, start: int, tiles: np.ndarray) -> _Read:
         """Read the tiles of a slide from number `start` on into `tiles` (n, tile_px, tile_px, 3) uint8."""
         begun = time.perf_counter()
-        grid = prepared.grid
-        for tile, (x, y) in zip(tiles, grid.coords[start : start + len(tiles)].tolist(), strict=True):
-            tile[:] = prepared.slide.read_tile(x, y, size_level0_px=grid.tile_level0_px, out_px=grid.tile_px)
-        quality = None if self._examine is None else self._examine(tiles)
-        if self._transform is not None:
-            tiles[:] = self._transform(prepared, tiles)
+        quality = self._reader.read(prepared.slide, prepared.grid, start, tiles, prepared.stain_map)
         return _Read(quality, time.perf_counter() - begun)
 
     def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[PreparedSlide | SlideFailure]:

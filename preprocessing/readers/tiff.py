@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 VENDORS = ("aperio", "generic-tiff")  # those whose levels are grids of tiles without overlap, margins or gaps
 
-_CACHE_BYTES = 128 << 20  # two rows of tiles of a slide of 100,000 px: neighbouring rows of a grid share them
-_SPARE = SpareArrays(_CACHE_BYTES)
+# For decoded tiles. Two rows of them of a slide of 100,000 px fit in: neighbouring rows of a grid share them.
+MEMORY = SpareArrays(128 << 20)
 _LARGEST_DIFFERENCE = 3  # of 255: two JPEG decoders round differently, two colour spaces differ by far more
 _JPEG = 7  # TIFF's number of the compression
 _RGB, _YCBCR = 2, 6  # TIFF's numbers of the photometric interpretation
@@ -89,7 +89,7 @@ class TiffReader:
         self._file: _File | None = _File(path)
         self._lock = threading.Lock()
         self._checks: dict[int, bool] = {}  # level: whether it reads as OpenSlide reads it
-        self._cache = TileCache(_SPARE, _CACHE_BYTES)
+        self._cache = TileCache(MEMORY)
 
     @property
     def facts(self) -> SlideFacts:
@@ -193,13 +193,13 @@ def _decoded(level: _Level, file: _File, row: int, column: int) -> np.ndarray | 
     data = file.read(int(level.offsets[row, column]), size) if size else b""
     if not data.startswith(_START):
         return None
-    pixels = _SPARE.take((level.tile_height, level.tile_width, 3))
+    pixels = MEMORY.take((level.tile_height, level.tile_width, 3))
     jpeg = level.header + data[len(_START) :]
     try:
         # Strict: what libjpeg merely warns of, and OpenCV and Pillow pass over, is a damaged tile.
         tile = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", strict=True, buffer=pixels)
     except ValueError:  # also for a larger tile
-        _SPARE.give(pixels)
+        MEMORY.give(pixels)
         return None
     return pixels if tile.shape == pixels.shape else None
 

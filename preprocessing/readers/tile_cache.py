@@ -18,12 +18,12 @@ Key: TypeAlias = tuple[int, int, int]  # level, row, column
 class SpareArrays:
     """Arrays that nobody uses any more, for those who need one; safe to use from several threads.
 
-    Args:
-        most_bytes: Arrays beyond this are let go.
+    Attributes:
+        most_bytes: Arrays beyond this are let go; a cache keeps as much.
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._lock = threading.Lock()
         self._arrays: list[np.ndarray] = []
         self._bytes = 0
@@ -42,7 +42,7 @@ class SpareArrays:
     def give(self, array: np.ndarray) -> None:
         """Hand over an array that nobody else holds."""
         with self._lock:
-            if self._bytes + array.nbytes <= self._most_bytes:
+            if self._bytes + array.nbytes <= self.most_bytes:
                 self._arrays.append(array)
                 self._bytes += array.nbytes
 
@@ -64,13 +64,12 @@ class TileCache:
     A tile that was got here is the caller's to read from until it is given back.
 
     Args:
-        spare: Where the memory of tiles comes from and goes to.
-        most_bytes: Tiles beyond this are dropped, those that were not used for longest first.
+        spare: Where the memory of tiles comes from and goes to. Tiles beyond its `most_bytes` are dropped, those that
+            were not used for longest first.
     """
 
-    def __init__(self, spare: SpareArrays, most_bytes: int) -> None:
+    def __init__(self, spare: SpareArrays) -> None:
         self._spare = spare
-        self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, KeptTile] = OrderedDict()
         self._bytes = 0
@@ -97,7 +96,7 @@ class TileCache:
             self._kept[key] = tile
             tile.is_kept = True
             self._bytes += pixels.nbytes
-            while self._bytes > self._most_bytes:
+            while self._bytes > self._spare.most_bytes:
                 self._drop(self._kept.popitem(last=False)[1])
         return tile
 

@@ -162,10 +162,11 @@ def test_config_yaml_says_what_was_in_force(slides, configured, tmp_path, weight
 def test_threads_and_company_change_nothing(slides, configured, tmp_path):
     preprocess(configured(slides, out=tmp_path / "one", workers=1))
     preprocess(configured(slides, out=tmp_path / "four", workers=4))
+    preprocess(configured(slides, out=tmp_path / "six", workers=6))  # processes, on Linux
     for name in ("a", "b", "c"):
-        assert (tmp_path / "one/features" / f"{name}.h5").read_bytes() == (
-            tmp_path / "four/features" / f"{name}.h5"
-        ).read_bytes()
+        alone = (tmp_path / "one/features" / f"{name}.h5").read_bytes()
+        assert (tmp_path / "four/features" / f"{name}.h5").read_bytes() == alone
+        assert (tmp_path / "six/features" / f"{name}.h5").read_bytes() == alone
     preprocess(configured(slides / "b.tiff", out=tmp_path / "alone"))
     assert (tmp_path / "alone/features/b.h5").read_bytes() == (tmp_path / "one/features/b.h5").read_bytes()
     preprocess(configured(slides / "b.tiff", out=tmp_path / "fives", batch_size=5))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.slide import SlideError
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
+from acmil.preprocessing.tile_readers import ThreadReader
 from acmil.preprocessing.tiling import TileGrid
 from acmil.preprocessing.tissue import Tissue
 
@@ -112,7 +114,9 @@ def test_batches_are_put_where_they_are_asked_for():
         return made[-1]
 
     cohort = Cohort([12])
-    batches = list(TileStream(cohort.sources, cohort.prepare, batch_size=10, workers=2, allocate=allocate))
+    batches = list(
+        TileStream(cohort.sources, cohort.prepare, batch_size=10, workers=2, reader=ThreadReader(allocate=allocate))
+    )
     assert [batch.tiles is array for batch, array in zip(batches, made, strict=True)] == [True, True]
 
 
@@ -180,15 +184,14 @@ def test_a_consumer_that_stops_leaves_no_threads():
     assert cohort.n_reads() < 200
 
 
-def test_tiles_are_examined_as_read_and_then_transformed():
+def test_tiles_are_examined_as_read_and_then_brought_to_normal_stains():
     cohort = Cohort([3, 22])
-    stream = TileStream(
-        *(cohort.sources, cohort.prepare),
-        batch_size=10,
-        workers=3,
-        examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32),
-        transform=lambda prepared, tiles: 200 - tiles - (prepared.source.slide_id == "s1"),
-    )
+
+    def prepare(source):
+        return replace(cohort.prepare(source), stain_map=lambda tiles: 200 - tiles - (source.slide_id == "s1"))
+
+    reader = ThreadReader(examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32))
+    stream = TileStream(cohort.sources, prepare, batch_size=10, workers=3, reader=reader)
     for batch in stream:
         number = np.arange(batch.start, batch.stop)
         np.testing.assert_array_equal(batch.quality, np.stack([number, number], axis=1))
@@ -203,7 +206,7 @@ def test_tiles_that_are_not_to_be_kept_are_left_out(batch_size):
         *(cohort.sources, cohort.prepare),
         batch_size=batch_size,
         workers=3,
-        examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32),
+        reader=ThreadReader(examine=lambda tiles: tiles[:, 0, 0, :2].astype(np.float32)),
         keep=lambda quality: (quality[:, 0] % 2 == 1) & (quality[:, 0] < 20),
     )
     found = {"s0": [], "s1": [], "s2": []}

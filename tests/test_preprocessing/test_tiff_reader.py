@@ -162,7 +162,7 @@ def test_openslide_can_be_asked_for(tmp_path):
 
 @pytest.mark.parametrize("n_kept", [1, 10])
 def test_the_cache_is_bounded_and_threads_agree(tmp_path, monkeypatch, n_kept):
-    monkeypatch.setattr(tiff_module, "_CACHE_BYTES", n_kept * TILE_PX * TILE_PX * 3)
+    monkeypatch.setattr(tiff_module.MEMORY, "most_bytes", n_kept * TILE_PX * TILE_PX * 3)
     reader, other = both(write_jpeg_slide(tmp_path / "a.tiff"))
     expected = other.read(0, 0, 0, WIDTH, HEIGHT)
     wrong: list[tuple[int, int]] = []

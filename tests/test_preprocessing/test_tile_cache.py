@@ -15,8 +15,8 @@ def filled(spare: SpareArrays, value: int) -> np.ndarray:
 
 
 def test_the_tiles_used_last_stay():
-    spare = SpareArrays(10 * N_BYTES)
-    cache = TileCache(spare, 2 * N_BYTES)
+    spare = SpareArrays(2 * N_BYTES)
+    cache = TileCache(spare)
     for column in (0, 1):
         cache.give_back([cache.keep((0, 0, column), filled(spare, column))])
     cache.give_back(tile for tile in cache.get([(0, 0, 0)]) if tile is not None)
@@ -27,8 +27,8 @@ def test_the_tiles_used_last_stay():
 
 
 def test_the_memory_of_a_dropped_tile_takes_the_next_one():
-    spare = SpareArrays(10 * N_BYTES)
-    cache = TileCache(spare, N_BYTES)
+    spare = SpareArrays(N_BYTES)
+    cache = TileCache(spare)
     first, second = filled(spare, 1), filled(spare, 2)
     cache.give_back([cache.keep((0, 0, 0), first)])
     cache.give_back([cache.keep((0, 0, 1), second)])  # drops the first
@@ -39,8 +39,8 @@ def test_the_memory_of_a_dropped_tile_takes_the_next_one():
 
 
 def test_memory_that_is_read_from_is_not_used_again():
-    spare = SpareArrays(10 * N_BYTES)
-    cache = TileCache(spare, N_BYTES)
+    spare = SpareArrays(N_BYTES)
+    cache = TileCache(spare)
     first = cache.keep((0, 0, 0), filled(spare, 1))
     cache.give_back([cache.keep((0, 0, 1), filled(spare, 2))])  # drops the first, which is still read from
     assert spare.take(SHAPE) is not first.pixels
@@ -50,7 +50,7 @@ def test_memory_that_is_read_from_is_not_used_again():
 
 def test_of_two_that_decoded_the_same_tile_one_is_kept_and_both_are_reused():
     spare = SpareArrays(10 * N_BYTES)
-    cache = TileCache(spare, 10 * N_BYTES)
+    cache = TileCache(spare)
     arrays = [filled(spare, 1), filled(spare, 1)]
     tiles = [cache.keep((0, 0, 0), array) for array in arrays]
     cache.give_back(tiles)
