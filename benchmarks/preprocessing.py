@@ -130,7 +130,9 @@ def arm_acmil(options: argparse.Namespace) -> dict[str, Any]:
     summary = preprocess(configuration(options, options.out))
     if summary.failed:
         raise RuntimeError((options.out / "slides.csv").read_text(encoding="utf-8"))
-    return {"tiles": summary.new_tiles, "seconds": summary.seconds["total"] - summary.seconds["setup"]}
+    seconds = summary.seconds
+    work = seconds["total"] - seconds["setup"] - seconds["warm_up"]
+    return {"tiles": summary.new_tiles, "seconds": work, "setup_and_warm_up": seconds["setup"] + seconds["warm_up"]}
 
 
 def arm_plain(options: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +222,8 @@ def arm_read(options: argparse.Namespace) -> dict[str, Any]:
     reader = choose_reader(options.workers, block_bytes=options.batch_size * TILE_PX**2 * 3)
     stream = TileStream(sources, prepare, batch_size=options.batch_size, workers=options.workers, reader=reader)
     begun = time.perf_counter()
-    n_tiles = sum(len(event.tiles) for event in stream if isinstance(event, TileBatch))
+    with reader:
+        n_tiles = sum(len(event.tiles) for event in stream if isinstance(event, TileBatch))
     return {"tiles": n_tiles, "seconds": time.perf_counter() - begun}
 
 

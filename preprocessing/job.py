@@ -96,8 +96,6 @@ def preprocess(
         keep_large_buffers()
     job = JobRun(folder, encoder, _prepare(config), config=config, progress=progress or SilentProgress())
     todo = job.plan(sources)
-    if todo and (encoder.is_compiled or encoder.device.type == "cuda"):
-        job.warm_up()
     setup_seconds = time.perf_counter() - begun
     try:
         job.run(todo, workers=workers)

@@ -70,7 +70,7 @@ class JobRun:
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
         self.n_kept_tiles = 0
-        self.seconds = {"tissue": 0.0, "read": 0.0, "embed": 0.0, "write": 0.0}
+        self.seconds = {"warm_up": 0.0, "tissue": 0.0, "read": 0.0, "embed": 0.0, "write": 0.0}
 
     def plan(self, sources: Sequence[SlideSource]) -> list[SlideSource]:
         """Find the slides that are left to do; write the table with them as pending."""
@@ -86,10 +86,6 @@ class JobRun:
         self._folder.ledger.write()
         return todo
 
-    def warm_up(self) -> None:
-        """Have the encoder ready before the first slide: compiled for its batches, a GPU's libraries loaded."""
-        self._batch_encoder.warm_up(self._tile_px)
-
     def run(self, todo: Sequence[SlideSource], *, workers: int) -> None:
         """Process the slides; those that other processes hold are looked at again at the end."""
         if (store := self._folder.tiles) is not None:
@@ -98,16 +94,26 @@ class JobRun:
             if todo:
                 self._progress.begin("slides", len(todo))
                 try:
-                    self._rounds(list(todo), workers)
+                    self._read_and_embed(list(todo), workers)
                 finally:
                     self._progress.end()
             leases.sweep()
 
-    def _rounds(self, todo: list[SlideSource], workers: int) -> None:
+    def _read_and_embed(self, todo: list[SlideSource], workers: int) -> None:
+        block_bytes = self._batch_size * self._tile_px**2 * 3
+        examine, encoder = self._examine, self._batch_encoder
+        with choose_reader(workers, block_bytes=block_bytes, examine=examine, encoder=encoder) as reader:
+            begun = time.perf_counter()
+            if self._encoder.is_compiled or self._encoder.device.type == "cuda":
+                encoder.warm_up(self._tile_px)  # meanwhile the readers start
+            self.seconds["warm_up"] = time.perf_counter() - begun
+            self._rounds(todo, workers, reader)
+
+    def _rounds(self, todo: list[SlideSource], workers: int, reader: TileReader) -> None:
         is_told = False
         while todo:
             left: list[SlideSource] = []
-            self._round(self._taken(todo, left), left, workers)
+            self._round(self._taken(todo, left), left, workers, reader)
             if len(left) == len(todo):
                 if not is_told:
                     logger.info("%d slides are with other processes: waiting for them", len(left))
@@ -115,15 +121,14 @@ class JobRun:
                 time.sleep(self._folder.leases.beat_seconds / _LOOKS_PER_BEAT)
             todo = left
 
-    def _round(self, sources: Iterable[SlideSource], left: list[SlideSource], workers: int) -> None:
+    def _round(self, sources: Iterable[SlideSource], left: list[SlideSource], workers: int, reader: TileReader) -> None:
         """Embed slides; a thread of its own writes, so that the encoder does not wait for the disk."""
-        block_bytes = self._batch_size * self._tile_px**2 * 3
         stream = TileStream(
             sources,
             self._prepare,
             batch_size=self._batch_size,
             workers=workers,
-            reader=choose_reader(workers, block_bytes=block_bytes, examine=self._examine, encoder=self._batch_encoder),
+            reader=reader,
             keep=partial(within_limits, limits=self._limits) if self._limits else None,
         )
         events = stream if self._tiles is None else self._tiles.watch(stream)
@@ -290,5 +295,5 @@ def choose_reader(
     if workers <= _MOST_THREADS or not ProcessReaders.is_available():
         return ThreadReader(allocate=None if encoder is None else encoder.allocate, examine=examine)
     if encoder is None:
-        return ProcessReaders(block_bytes=block_bytes, examine=examine)
-    return ProcessReaders(block_bytes=block_bytes, examine=examine, pin=encoder.pin, unpin=encoder.unpin)
+        return ProcessReaders(workers, block_bytes=block_bytes, examine=examine)
+    return ProcessReaders(workers, block_bytes=block_bytes, examine=examine, pin=encoder.pin, unpin=encoder.unpin)

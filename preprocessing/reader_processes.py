@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import LifoQueue
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
@@ -59,9 +60,10 @@ class ReadRequest:
 
 
 class ProcessReaders:
-    """Reads each thread's tiles in a process of that thread's own; Linux only.
+    """Reads in processes, which start at once and are each one thread's at a time; Linux only.
 
     Args:
+        n_processes: Number of processes, one for each thread that reads.
         block_bytes: Bytes of the largest array that will be asked for.
         examine: Measures tiles, a function of a module; None for no measures.
         pin: Called with each new piece of memory, such as for a GPU to copy from by itself.
@@ -70,6 +72,7 @@ class ProcessReaders:
 
     def __init__(
         self,
+        n_processes: int,
         *,
         block_bytes: int,
         examine: Examine | None = None,
@@ -84,8 +87,9 @@ class ProcessReaders:
         self._starts: list[int] = []  # address of each block in this process
         self._free: list[int] = []
         self._lock = threading.Lock()
-        self._of_thread = threading.local()
-        self._processes: list[_Process] = []
+        self._idle: LifoQueue[_Process] = LifoQueue()
+        for _ in range(n_processes):
+            self._idle.put(self._new_process())
 
     @staticmethod
     def is_available() -> bool:
@@ -98,8 +102,8 @@ class ProcessReaders:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
-            process.close()
+        while not self._idle.empty():
+            self._idle.get().close()
         for block in self._blocks:
             self._unpin(np.frombuffer(block, np.uint8))
         os.close(self._memory)
@@ -121,15 +125,18 @@ class ProcessReaders:
         """Have tiles read; see `TileReader`."""
         coords = grid.coords[start : start + len(tiles)]
         request = ReadRequest(slide.address, coords, grid.tile_level0_px, *self._place(tiles), tiles.shape, stain_map)
-        process = getattr(self._of_thread, "process", None)
-        if process is None or not process.is_alive:
-            process = self._of_thread.process = _Process(self._memory, self._block_bytes, self._examine)
-            with self._lock:
-                self._processes.append(process)
+        process = self._idle.get()
         answer = process.ask(request)
+        if not process.is_alive:
+            process.close()
+            process = self._new_process()
+        self._idle.put(process)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _new_process(self) -> "_Process":
+        return _Process(self._memory, self._block_bytes, self._examine)
 
     def _new_block(self) -> int:
         number = len(self._blocks)

@@ -96,7 +96,7 @@ class TileStream:
         batch_size: Tiles in a batch.
         workers: Reader threads.
         keep: Says from what `examine` says of a batch's tiles, (B, Q), which to go on with: bool (B,).
-        reader: What reads the tiles; by default the threads do.
+        reader: What reads the tiles, begun by the caller; by default the threads do.
     """
 
     def __init__(
@@ -121,12 +121,11 @@ class TileStream:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="slide-reader")
         opencv_threads = cv2.getNumThreads()
         cv2.setNumThreads(1)  # the readers share the cores already
-        with self._reader:
-            try:
-                yield from self._batches(pool)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-                cv2.setNumThreads(opencv_threads)
+        try:
+            yield from self._batches(pool)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            cv2.setNumThreads(opencv_threads)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[StreamEvent]:
         done: list[_Read] = []  # runs of one batch

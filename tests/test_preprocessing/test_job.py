@@ -137,7 +137,7 @@ def test_a_job_writes_the_features_of_each_tile(slides, configured, weights, tmp
         assert cv2.imread(str(job / "previews" / f"{name}.jpg")).shape[2] == 3
     assert (summary.done, summary.empty, summary.failed, summary.skipped) == (3, 0, 0, 0)
     assert summary.tiles == summary.new_tiles == n_tiles > 20
-    assert set(summary.seconds) == {"setup", "tissue", "read", "embed", "write", "total"}
+    assert set(summary.seconds) == {"setup", "warm_up", "tissue", "read", "embed", "write", "total"}
     assert summary.seconds["total"] > summary.seconds["embed"] > 0
     assert f"{n_tiles} tiles" in str(summary)
 

@@ -50,7 +50,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("stain_map", [None, STAINS])
 def test_tiles_and_measures_are_those_of_a_thread(slide, stain_map):
     with (
-        ProcessReaders(block_bytes=BLOCK_BYTES, examine=tile_quality) as readers,
+        ProcessReaders(1, block_bytes=BLOCK_BYTES, examine=tile_quality) as readers,
         ThreadReader(examine=tile_quality) as own,
     ):
         tiles, expected = readers.allocate(SHAPE), own.allocate(SHAPE)
@@ -65,19 +65,19 @@ def test_tiles_and_measures_are_those_of_a_thread(slide, stain_map):
 def test_errors_are_those_of_a_thread_and_the_next_slide_is_read(slide, tmp_path):
     broken = Slide.open(slide.path, slide_id="broken")
     broken.path = tmp_path / "none.tiff"
-    with ProcessReaders(block_bytes=BLOCK_BYTES) as readers:
+    with ProcessReaders(1, block_bytes=BLOCK_BYTES) as readers:
         tiles = readers.allocate(SHAPE)
         with pytest.raises(SlideError, match=r"slide 'broken': .*none\.tiff"):
             readers.read(broken, GRID, 0, tiles, None)
         assert readers.read(slide, GRID, 0, tiles, None) is None
-        assert len({process._process.pid for process in readers._processes}) == 1
+        assert readers._idle.qsize() == 1
 
 
 def test_a_process_that_dies_costs_one_slide(slide):
-    with ProcessReaders(block_bytes=BLOCK_BYTES) as readers:
+    with ProcessReaders(1, block_bytes=BLOCK_BYTES) as readers:
         tiles = readers.allocate(SHAPE)
         readers.read(slide, GRID, 0, tiles, None)
-        (process,) = readers._processes
+        process = readers._idle.queue[0]
         expected = tiles.copy()
         ask = process.ask
 
@@ -91,11 +91,14 @@ def test_a_process_that_dies_costs_one_slide(slide):
         tiles[:] = 0
         readers.read(slide, GRID, 0, tiles, None)
         np.testing.assert_array_equal(tiles, expected)
-    assert not any(is_running(process._process.pid) for process in readers._processes)
+        (second,) = readers._idle.queue
+        assert second is not process
+    assert not is_running(process._process.pid)
+    assert not is_running(second._process.pid)
 
 
 def test_memory_is_used_again_once_nobody_sees_it():
-    with ProcessReaders(block_bytes=BLOCK_BYTES) as readers:
+    with ProcessReaders(1, block_bytes=BLOCK_BYTES) as readers:
         first = readers.allocate(SHAPE)
         address, part = first.ctypes.data, first[2:, 4:]
         del first
@@ -112,6 +115,7 @@ def test_memory_is_used_again_once_nobody_sees_it():
 def test_memory_is_pinned_and_unpinned():
     pinned, unpinned = [], []
     readers = ProcessReaders(
+        1,
         block_bytes=BLOCK_BYTES,
         pin=lambda block: pinned.append((block.ctypes.data, block.nbytes)),
         unpin=lambda block: unpinned.append((block.ctypes.data, block.nbytes)),
@@ -131,10 +135,10 @@ from acmil.preprocessing.reader_processes import ProcessReaders
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.tiling import TileGrid
 
-readers = ProcessReaders(block_bytes=32 * 32 * 3)
+readers = ProcessReaders(1, block_bytes=32 * 32 * 3)
 grid = TileGrid(np.zeros((1, 2), np.int64), np.ones(1, np.float32), 32, 64, 0.5, 0)
 readers.read(Slide.open(sys.argv[1], mpp=0.25), grid, 0, readers.allocate((1, 32, 32, 3)), None)
-print(readers._processes[0]._process.pid, flush=True)
+print(readers._idle.queue[0]._process.pid, flush=True)
 time.sleep(60)
 """
 
