@@ -1,6 +1,7 @@
 """What a reader process runs; see `reader_processes`, which starts it."""
 
 import mmap
+import os
 import pickle
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections import OrderedDict
 import cv2
 import numpy as np
 
-from acmil.preprocessing.reader_processes import ReadRequest, receive, send
+from acmil.preprocessing.reader_processes import READY, ReadRequest, receive, send
 from acmil.preprocessing.readers import tiff
 from acmil.preprocessing.slide import Slide, SlideAddress, SlideError
 from acmil.preprocessing.tile_readers import Examine, read_tiles
@@ -27,7 +28,10 @@ def main(memory: int, block_bytes: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to take
     cv2.setNumThreads(1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     examine: Examine | None = receive(sys.stdin.buffer)
+    send(answers, READY)
     tiff.MEMORY.most_bytes = _TILE_BYTES
     slides: OrderedDict[SlideAddress, Slide] = OrderedDict()
     blocks: dict[int, mmap.mmap] = {}
@@ -42,7 +46,7 @@ def main(memory: int, block_bytes: int) -> None:
             answer: object = _read(request, _opened(request.address, slides), blocks[request.block], examine)
         except Exception as error:  # noqa: BLE001  whatever a broken slide raises is that slide's result
             answer = _portable(error)
-        send(sys.stdout.buffer, answer)
+        send(answers, answer)
 
 
 def _opened(address: SlideAddress, slides: OrderedDict[SlideAddress, Slide]) -> Slide:
@@ -70,7 +74,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  there are many ways in which an error cannot be pickled
         return SlideError(f"{type(error).__name__}: {error}")
     return error
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

@@ -10,6 +10,7 @@ limit that containers set to /dev/shm does not matter. The processes end when th
 """
 
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -34,6 +35,18 @@ from acmil.preprocessing.tile_readers import Examine
 from acmil.preprocessing.tiling import TileGrid
 
 _LENGTH = struct.Struct("<Q")
+READY = "ready"
+# Python looks for packages where this process does, which may have changed since its start, and nowhere else.
+_CHILD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from acmil.preprocessing.reader_child import main
+main(*map(int, sys.argv[2:]))
+"""
+
+
+class ReaderProcessError(OSError):
+    """Processes that read tiles do not start."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,16 @@ class ProcessReaders:
         return hasattr(os, "memfd_create")
 
     def __enter__(self) -> Self:
+        """Begin.
+
+        Raises:
+            ReaderProcessError: If the processes do not start.
+        """
+        try:
+            self._idle.queue[0].wait_ready()  # they are all alike
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -163,14 +186,30 @@ class _Process:
 
     def __init__(self, memory: int, block_bytes: int, examine: Examine | None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "acmil.preprocessing.reader_child", str(memory), str(block_bytes)],
+            [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(memory), str(block_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[memory],
         )
         self._questions = cast("IO[bytes]", self._process.stdin)
         self._answers = cast("IO[bytes]", self._process.stdout)
-        send(self._questions, examine)
+        self._is_ready = False
+        with suppress(BrokenPipeError):  # told by `wait_ready`
+            send(self._questions, examine)
+
+    def wait_ready(self) -> None:
+        """Wait until it has started.
+
+        Raises:
+            ReaderProcessError: If it does not.
+        """
+        try:
+            self._is_ready = self._is_ready or receive(self._answers) == READY
+        except EOFError:
+            raise ReaderProcessError(
+                f"processes that read tiles must start, one ended with exit status {self._process.wait()}; what it "
+                "says is above. --workers 4 reads without them."
+            ) from None
 
     @property
     def is_alive(self) -> bool:
@@ -180,6 +219,7 @@ class _Process:
     def ask(self, request: ReadRequest) -> Any:
         """Have tiles read: their measures, or the error."""
         try:
+            self.wait_ready()
             send(self._questions, request)
             return receive(self._answers)
         except (EOFError, OSError):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from acmil.preprocessing.quality import tile_quality
-from acmil.preprocessing.reader_processes import ProcessReaders
+from acmil.preprocessing.reader_processes import ProcessReaders, ReaderProcessError
 from acmil.preprocessing.slide import Slide, SlideError
 from acmil.preprocessing.stain import MacenkoMap
 from acmil.preprocessing.tile_readers import ThreadReader
@@ -131,7 +131,7 @@ RUN = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from acmil.preprocessing.reader_processes import ProcessReaders
+from acmil.preprocessing.reader_processes import ProcessReaders, ReaderProcessError
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.tiling import TileGrid
 
@@ -152,6 +152,22 @@ def test_the_processes_end_with_a_killed_job(slide):
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(pid)
+
+
+def test_processes_that_do_not_start_are_an_error_of_the_job(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "path", ["/nowhere"])
+    readers = ProcessReaders(1, block_bytes=BLOCK_BYTES)
+    with pytest.raises(ReaderProcessError, match=r"exit status 1.*--workers 4"), readers:
+        pass
+    assert "Error" in capfd.readouterr().err
+
+
+def test_a_folder_of_the_same_name_as_the_package_is_not_taken_for_it(slide, tmp_path, monkeypatch):
+    (tmp_path / "acmil").mkdir()
+    (tmp_path / "acmil" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with ProcessReaders(1, block_bytes=BLOCK_BYTES) as readers:
+        assert readers.read(slide, GRID, 0, readers.allocate(SHAPE), None) is None
 
 
 def test_they_start_without_torch():
