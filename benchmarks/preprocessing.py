@@ -228,7 +228,7 @@ def arm_read(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def arm_timeline(options: argparse.Namespace) -> dict[str, Any]:
-    """`preprocess` under the profiler: how long the GPU did nothing between its first and its last piece of work."""
+    """`preprocess` under the profiler: how long the GPU did nothing between its first batch of tiles and its last."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -238,8 +238,8 @@ def arm_timeline(options: argparse.Namespace) -> dict[str, Any]:
         for event in profiler.events()
         if str(event.device_type).endswith("CUDA")
     )
-    first_batches = len(spans) // 50  # the warm-up of the network, and its compilation
-    spans = spans[first_batches:]
+    n_batches = 1 + result["tiles"] / options.batch_size  # the first one is the warm-up of the network
+    spans = spans[int(1.5 * len(spans) / n_batches) :]
     busy_until, gaps = spans[0][1], []
     for start, end in spans:
         if start > busy_until:

@@ -20,12 +20,15 @@ _MOST_TILES_ON_CPU = 16
 class PendingFeatures:
     """Features that the device may still be computing."""
 
-    parts: tuple[torch.Tensor, ...]  # each (b, D) on the device
+    parts: tuple[torch.Tensor, ...]  # each (b, D), on the CPU
     tiles: torch.Tensor  # kept until the device has read them
+    arrived: torch.cuda.Event | None  # when the parts have been written; None: they have been
 
     def result(self) -> np.ndarray:
         """Wait for the features, (B, D)."""
-        return torch.cat([part.cpu() for part in self.parts]).numpy()
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return torch.cat(self.parts).numpy()
 
 
 class BatchEncoder:
@@ -74,8 +77,19 @@ class BatchEncoder:
         while True:
             parts = self._parts(on_device)
             if parts is not None:
-                return PendingFeatures(parts, batch)
+                return self._pending(parts, batch)
             self._halve()
+
+    def _pending(self, parts: tuple[torch.Tensor, ...], batch: torch.Tensor) -> PendingFeatures:
+        """Have the features sent to the CPU at once: asked for later, they would queue behind the next batch's work."""
+        if self._copies is None:
+            return PendingFeatures(parts, batch, None)
+        on_cpu = tuple(torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts)
+        for target, part in zip(on_cpu, parts, strict=True):
+            target.copy_(part, non_blocking=True)
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record(torch.cuda.current_stream(self._encoder.device))
+        return PendingFeatures(on_cpu, batch, arrived)
 
     def _copied(self, batch: torch.Tensor) -> torch.Tensor:
         """Copy a batch to a GPU while that is still at the one before; on a CPU it is there already."""
