@@ -23,7 +23,7 @@ from acmil.preprocessing.quality import quality_summary, tile_quality, within_li
 from acmil.preprocessing.reader_processes import ProcessReaders
 from acmil.preprocessing.slide import SlideError
 from acmil.preprocessing.slide_list import SlideSource
-from acmil.preprocessing.stream import SlideFailure, TileBatch, TileStream
+from acmil.preprocessing.stream import SlideFailure, StreamEvent, TileBatch, TileStream
 from acmil.preprocessing.tile_images import TileWriter
 from acmil.preprocessing.tile_readers import Examine, ThreadReader, TileReader
 
@@ -67,6 +67,7 @@ class JobRun:
         self._examine = tile_quality if config.tissue == "brightfield" else None
         self._limits = config.quality_limits
         self._tiles: TileWriter | None = None
+        self._is_warm = False
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
         self.n_kept_tiles = 0
@@ -103,10 +104,6 @@ class JobRun:
         block_bytes = self._batch_size * self._tile_px**2 * 3
         examine, encoder = self._examine, self._batch_encoder
         with choose_reader(workers, block_bytes=block_bytes, examine=examine, encoder=encoder) as reader:
-            begun = time.perf_counter()
-            if self._encoder.is_compiled or self._encoder.device.type == "cuda":
-                encoder.warm_up(self._tile_px)  # meanwhile the readers start
-            self.seconds["warm_up"] = time.perf_counter() - begun
             self._rounds(todo, workers, reader)
 
     def _rounds(self, todo: list[SlideSource], workers: int, reader: TileReader) -> None:
@@ -134,12 +131,32 @@ class JobRun:
         events = stream if self._tiles is None else self._tiles.watch(stream)
         writing: deque[Future[_Outcome]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="slide-writer") as writer:
-            for result in embed(events, self._batch_encoder, on_batch=self._note):
+            for result in embed(self._begun(events, reader), self._batch_encoder, on_batch=self._note):
                 writing.append(writer.submit(self._settle, result))
                 while writing and (writing[0].done() or len(writing) > _MOST_UNWRITTEN):
                     self._count(*writing.popleft().result(), left)
             while writing:
                 self._count(*writing.popleft().result(), left)
+
+    def _begun(self, events: Iterable[StreamEvent], reader: TileReader) -> Iterator[StreamEvent]:
+        """Warm the encoder up, if that has not been done, while the readers start and read the first tiles."""
+        coming = iter(events)
+
+        def first() -> StreamEvent | None:
+            reader.wait_ready()
+            return next(coming, None)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="first-slide") as opener:
+            opening = opener.submit(first)
+            begun = time.perf_counter()
+            if not self._is_warm and (self._encoder.is_compiled or self._encoder.device.type == "cuda"):
+                self._batch_encoder.warm_up(self._tile_px)
+                self.seconds["warm_up"] = time.perf_counter() - begun
+            self._is_warm = True
+            event = opening.result()
+        if event is not None:
+            yield event
+        yield from coming
 
     def _taken(self, todo: Sequence[SlideSource], left: list[SlideSource]) -> Iterator[SlideSource]:
         """Take the slides that nobody holds, as they are asked for; those that are held are put into `left`."""

@@ -110,16 +110,6 @@ class ProcessReaders:
         return hasattr(os, "memfd_create")
 
     def __enter__(self) -> Self:
-        """Begin.
-
-        Raises:
-            ReaderProcessError: If the processes do not start.
-        """
-        try:
-            self._idle.queue[0].wait_ready()  # they are all alike
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
         return self
 
     def __exit__(
@@ -130,6 +120,15 @@ class ProcessReaders:
         for block in self._blocks:
             self._unpin(np.frombuffer(block, np.uint8))
         os.close(self._memory)
+
+    def wait_ready(self) -> None:
+        """Wait until the processes have started.
+
+        Raises:
+            ReaderProcessError: If they do not.
+        """
+        for process in tuple(self._idle.queue):
+            process.wait_ready()
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         """Make an array in the shared memory; the place is used again when nobody holds the array any more."""

@@ -24,6 +24,9 @@ class TileReader(Protocol):
     ) -> None:
         """End; nothing is being read any more."""
 
+    def wait_ready(self) -> None:
+        """Wait until tiles can be read; to be called before the first is."""
+
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         """Make an array of uint8 for tiles."""
 
@@ -68,6 +71,9 @@ class ThreadReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
+
+    def wait_ready(self) -> None:
+        """Threads are always."""
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         """Make an array; see `TileReader`."""

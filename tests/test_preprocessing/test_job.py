@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from acmil.preprocessing.batch_encoder import BatchEncoder
 from acmil.preprocessing.config import PreprocessConfig
-from acmil.preprocessing.encoders import EncoderError, create_encoder
+from acmil.preprocessing.encoders import Encoder, EncoderError, create_encoder
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.feature_file import open_feature_file
 from acmil.preprocessing.job import preprocess
@@ -443,3 +445,26 @@ def test_the_real_slides_and_the_edge_cases_in_one_job(shared_data, configured, 
     assert (file.meta.level0_width, file.meta.level0_height, file.meta.level0_mpp) == (2220, 2967, 0.499)
     assert file.meta.level0_magnification == 20.0
     assert file.meta.target_magnification == pytest.approx(20.0 * 0.499 / file.meta.tile_mpp)
+
+
+def test_the_encoder_warms_up_while_the_first_slide_is_opened(slides, configured, monkeypatch):
+    """Opening waits until the warm-up has begun, and the warm-up until a slide has been opened."""
+    warming, opened = threading.Event(), threading.Event()
+    open_slide = Slide.open
+
+    def opening(*arguments, **options):
+        assert warming.wait(20)
+        opened.set()
+        return open_slide(*arguments, **options)
+
+    def warm_up(encoder, tile_px):
+        assert tile_px == TILE_PX
+        warming.set()
+        assert opened.wait(20)
+
+    monkeypatch.setattr(Slide, "open", opening)
+    monkeypatch.setattr(BatchEncoder, "warm_up", warm_up)
+    monkeypatch.setattr(Encoder, "is_compiled", True)
+    summary = preprocess(configured(slides))
+    assert summary.done == 3
+    assert summary.seconds["warm_up"] > 0

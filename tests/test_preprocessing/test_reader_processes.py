@@ -158,7 +158,7 @@ def test_processes_that_do_not_start_are_an_error_of_the_job(monkeypatch, capfd)
     monkeypatch.setattr(sys, "path", ["/nowhere"])
     readers = ProcessReaders(1, block_bytes=BLOCK_BYTES)
     with pytest.raises(ReaderProcessError, match=r"exit status 1.*--workers 4"), readers:
-        pass
+        readers.wait_ready()
     assert "Error" in capfd.readouterr().err
 
 
