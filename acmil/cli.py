@@ -215,6 +215,14 @@ def show_encoder(name: str, /) -> int:
     return DONE
 
 
+@app.command(name="doctor")
+def examine_machine() -> int:
+    """Show what this machine has, which path each stage will take on it, and what will be slow and why."""
+    from acmil.doctor import examine
+
+    return _announce(examine(), quiet=False)
+
+
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run one command line; 0: done, 1: the input or the run failed, 2: the command line is wrong."""
     configure_logging(quiet="--quiet" in arguments)

@@ -29,10 +29,11 @@ def describe_machine() -> str:
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+    return f"{processor_name()}, {torch.get_num_threads()} threads{gpu}"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor, as the system names it."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from acmil.preprocessing.devices import choose_device
+from acmil.preprocessing.devices import choose_device, cpu_multiplies_bf16
 from acmil.preprocessing.encoders.facts import EncoderError, EncoderFacts, Feature, Interpolation
 from acmil.preprocessing.encoders.features import token_feature
 from acmil.preprocessing.encoders.hub import fetch_weights, hub_or_cache
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class Encoder:
@@ -266,15 +264,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if _cpu_has_bf16() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself: emulated, bf16 is slower than fp32. Only Linux says without a library."""
-    if not _CPU_INFO.is_file():
-        return False
-    flags = next((line for line in _CPU_INFO.read_text().splitlines() if line.startswith("flags")), "")
-    return not _CPU_BF16_FLAGS.isdisjoint(flags.split())
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
 
 
 def _architecture(timm: Any, name: str, **options: Any) -> Any:

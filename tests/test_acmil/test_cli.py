@@ -29,7 +29,7 @@ def test_help_does_not_import_torch():
     assert "preprocess" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "preprocess", "train", "evaluate", "heatmap", "umap", "samples"])
+@pytest.mark.parametrize("command", ["demo", "preprocess", "train", "evaluate", "heatmap", "umap", "samples", "doctor"])
 def test_help_of_each_command_does_not_import_torch(command):
     code = HELP.format(arguments=[command, "--help"])
     result = run_python(code)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from acmil.preprocessing import devices
 from acmil.preprocessing.encoders import EncoderError, create_encoder, timm_encoder, weights
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 
@@ -108,7 +109,7 @@ def test_auto_precision_on_a_cpu_follows_its_instructions(tmp_path, monkeypatch,
     path = tmp_path / "cpuinfo"
     if cpu_info is not None:
         path.write_text(cpu_info)
-    monkeypatch.setattr(timm_encoder, "_CPU_INFO", path)
+    monkeypatch.setattr(devices, "_CPU_INFO", path)
     assert timm_encoder.resolve_precision("auto", torch.device("cpu")) == precision
     assert timm_encoder.resolve_precision("fp16", torch.device("cpu")) == "fp16"
 
