@@ -139,7 +139,7 @@ class ProcessReaders:
             number = self._free.pop() if self._free else self._new_block()
         owner = (ctypes.c_uint8 * n_bytes).from_buffer(self._blocks[number])
         weakref.finalize(owner, self._free.append, number).atexit = False
-        return np.frombuffer(owner, np.uint8).reshape(shape)
+        return np.frombuffer(memoryview(owner), np.uint8).reshape(shape)
 
     def read(
         self, slide: Slide, grid: TileGrid, start: int, tiles: np.ndarray, stain_map: StainMap | None
