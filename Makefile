@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format typecheck notebooks wheel clean
+.PHONY: demo test test-slow test-gpu lint format typecheck notebooks wheel clean
 
 demo: $(STAMP)
 	$(BIN)/acmil demo --out demo
@@ -14,6 +14,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The same tests of the kernels as in `test`, at full size and on the GPU in place of the interpreter.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/test_kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

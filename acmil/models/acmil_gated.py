@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmil.kernels import gated_attention_scores, masked_attention_pool
+from acmil.kernels import gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
 from acmil.losses import Losses, acmil_losses
 from acmil.models import defaults
 from acmil.models.layers import StackedLinear, check_masking, check_options, offsets_of_one_bag, prepare_features
-from acmil.models.masking import stochastic_top_k_mask
 from acmil.models.output import MILOutput
 
 
@@ -105,7 +104,7 @@ class ACMILGated(nn.Module):
             keep = stochastic_top_k_mask(
                 scores, top_k=self.mask_top_k, ratio=self.mask_ratio, generator=generator, offsets=offsets
             )
-        pooled, attention = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K, L), (K, ΣN)
+        pooled, attention, _ = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K, L), (K, ΣN)
         return MILOutput(
             logits=self.bag_head(pooled.mean(dim=1)),
             branch_logits=self.branch_head(pooled),

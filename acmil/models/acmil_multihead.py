@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from acmil.kernels import masked_attention_pool
+from acmil.kernels import masked_attention_pool, stochastic_top_k_mask
 from acmil.losses import Losses, acmil_losses
 from acmil.models import defaults
 from acmil.models.layers import (
@@ -18,7 +18,6 @@ from acmil.models.layers import (
     prepare_features,
     sampled_dropout,
 )
-from acmil.models.masking import stochastic_top_k_mask
 from acmil.models.output import MILOutput
 
 LAYER_NORM_EPS = 1e-6
@@ -151,7 +150,7 @@ class ACMILMultiHead(nn.Module):
             keep = stochastic_top_k_mask(
                 scores, top_k=self.mask_top_k, ratio=self.mask_ratio, generator=generator, offsets=offsets
             )
-        pooled, attention = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K·heads, L), (K·heads, ΣN)
+        pooled, attention, _ = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K·heads, L), (K·heads, ΣN)
         pooled = pooled.unflatten(1, (-1, self.n_heads))  # (B, K, heads, L)
         head_attention = attention.unflatten(0, (-1, self.n_heads))  # (K, heads, ΣN)
         return MILOutput(

@@ -1,12 +1,10 @@
-"""The operator against its definition, its gradients, packing, masks and refusals."""
-
-from itertools import pairwise
+"""The composition of scores and pool, against its formulas in NumPy, and compiled."""
 
 import numpy as np
 import pytest
 import torch
 
-from acmil.kernels import bag_lengths, gated_attention_pool, gated_attention_scores, masked_attention_pool
+from acmil.kernels import gated_attention_pool, stochastic_top_k_mask
 
 
 def make_weights(in_features, hidden, gate, branches, *, seed=0, dtype=torch.float64):
@@ -37,10 +35,11 @@ def test_equals_its_formulas_at_odd_sizes(n):
     x, weights = make_features(n, 37), make_weights(37, 13, 7, 5)
     keep = torch.rand(5, n, generator=torch.Generator().manual_seed(2)) > 0.3
     keep[:, 0] = True
-    pooled, attention = gated_attention_pool(x, *weights, keep=keep)
+    pooled, attention, gram = gated_attention_pool(x, *weights, keep=keep)
     expected_pooled, expected_attention = numpy_pool(x.numpy(), weights, keep.numpy())
     np.testing.assert_allclose(pooled[0].numpy(), expected_pooled, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(attention.numpy(), expected_attention, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(gram[0].numpy(), expected_attention @ expected_attention.T, rtol=1e-10)
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 1, 4, 9]])
@@ -53,100 +52,30 @@ def test_gradients(offsets):
     assert torch.autograd.gradcheck(lambda *tensors: tuple(gated_attention_pool(*tensors, offsets, keep)), inputs)
 
 
-def test_packed_bags_equal_the_bags_one_by_one():
-    x, weights = make_features(70, 11, dtype=torch.float32), make_weights(11, 6, 4, 3, dtype=torch.float32)
-    edges = [0, 1, 8, 70]
-    keep = torch.rand(3, 70, generator=torch.Generator().manual_seed(3)) > 0.5
-    keep[:, [0, 1, 8]] = True
-    pooled, attention = gated_attention_pool(x, *weights, torch.tensor(edges), keep)
-    for bag, (start, end) in enumerate(pairwise(edges)):
-        one_pooled, one_attention = gated_attention_pool(x[start:end], *weights, keep=keep[:, start:end])
-        torch.testing.assert_close(pooled[bag], one_pooled[0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(attention[:, start:end], one_attention, rtol=1e-6, atol=1e-7)
+def test_compiles_without_a_graph_break(device, fused_path, relative_error):
+    x = make_features(100, 32, dtype=torch.float32).to(device)
+    weights = [weight.to(device) / 4 for weight in make_weights(32, 16, 16, 3, dtype=torch.float32)]
+    offsets = torch.tensor([0, 30, 100], device=device)
+    inputs = [tensor.requires_grad_() for tensor in [x, *weights]]
+
+    def loss(*tensors):
+        pooled, attention, gram = gated_attention_pool(*tensors, offsets)
+        return pooled.pow(2).sum() + (attention * gram[0, 0, 1]).sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    with fused_path():
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+        grads = torch.autograd.grad(value, inputs)
+    assert value.item() == pytest.approx(loss(*inputs).item(), rel=1e-5)
+    for index in (0, 1, 2, 4, 6):
+        assert relative_error(grads[index], expected[index]) < 1e-3
 
 
-def test_masked_instances_have_exactly_no_weight_and_no_gradient():
-    hidden, scores = make_features(20, 4).requires_grad_(), make_features(3, 20).requires_grad_()
-    keep = torch.ones(3, 20, dtype=torch.bool)
-    keep[:, 5] = False
-    keep[1, 9] = False
-    pooled, attention = masked_attention_pool(hidden, scores, keep=keep)
-    assert (attention[~keep] == 0).all()
-    torch.testing.assert_close(attention.sum(dim=1), torch.ones(3, dtype=torch.float64))
-    pooled.pow(3).sum().backward()
-    assert (scores.grad[~keep] == 0).all()
-    assert (hidden.grad[5] == 0).all()
-    assert (hidden.grad[9] != 0).all()
-
-
-def test_a_row_that_keeps_nothing_gives_zeros_and_finite_gradients():
-    hidden, scores = make_features(6, 4).requires_grad_(), make_features(2, 6).requires_grad_()
-    keep = torch.ones(2, 6, dtype=torch.bool)
-    keep[0, :3] = False  # branch 0 keeps nothing of the first bag
-    pooled, attention = masked_attention_pool(hidden, scores, torch.tensor([0, 3, 6]), keep)
-    assert (attention[0, :3] == 0).all()
-    assert (pooled[0, 0] == 0).all()
-    torch.testing.assert_close(attention[1, :3].sum(), torch.tensor(1.0, dtype=torch.float64))
-    pooled.sum().backward()
-    assert torch.isfinite(scores.grad).all()
-    assert (scores.grad[0, :3] == 0).all()
-    assert torch.isfinite(hidden.grad).all()
-
-
-def test_large_scores_do_not_overflow():
-    scores = torch.tensor([[1e4, 0.0, -1e4]])
-    pooled, attention = masked_attention_pool(torch.eye(3), scores)
-    assert attention.tolist() == [[1.0, 0.0, 0.0]]
-    assert pooled.tolist() == [[[1.0, 0.0, 0.0]]]
-
-
-def test_scores_do_not_depend_on_other_instances():
-    x, weights = make_features(10, 5), make_weights(5, 4, 3, 2)
-    hidden, scores = gated_attention_scores(x, *weights)
-    one_hidden, one_scores = gated_attention_scores(x[3:4], *weights)
-    torch.testing.assert_close(hidden[3:4], one_hidden)
-    torch.testing.assert_close(scores[:, 3:4], one_scores)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "message"),
-    [
-        ([1, 5], "from 0 to 5"),
-        ([0, 4], "from 0 to 5"),
-        ([0, 2, 2, 5], "got 2 to 2 for bag 1"),
-        ([0, 3, 2, 5], "got 3 to 2 for bag 1"),
-        ([0], "shape"),
-    ],
-)
-def test_offsets_that_do_not_cut_the_instances_are_refused(offsets, message):
-    with pytest.raises(ValueError, match=message):
-        masked_attention_pool(torch.zeros(5, 2), torch.zeros(1, 5), torch.tensor(offsets))
-
-
-def test_offsets_of_another_type_are_refused():
-    with pytest.raises(ValueError, match="int64"):
-        bag_lengths(torch.tensor([0, 5], dtype=torch.int32), 5)
-
-
-def test_bag_lengths():
-    assert bag_lengths(torch.tensor([0, 1, 4]), 4) == [1, 3]
-    assert bag_lengths(None, 4) == [4]
-    with pytest.raises(ValueError, match="at least 1 instance"):
-        bag_lengths(None, 0)
-
-
-def test_shapes_and_types_that_disagree_are_refused():
-    x, weights = make_features(10, 5), make_weights(5, 4, 3, 2)
-    with pytest.raises(ValueError, match=r"features must have shape \(any, 5\), got \(10, 4\)"):
-        gated_attention_scores(x[:, :4], *weights)
-    for index, name in enumerate(["v_bias", "u_weight", "u_bias", "score_weight", "score_bias"], start=2):
-        wrong = list(weights)
-        wrong[index] = torch.zeros(9, 9, 9)[..., : index + 1]
-        with pytest.raises(ValueError, match=f"{name} must have shape"):
-            gated_attention_scores(x, *wrong)
-    with pytest.raises(ValueError, match="scores must have shape"):
-        masked_attention_pool(torch.zeros(5, 2), torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="keep must have shape"):
-        masked_attention_pool(torch.zeros(5, 2), torch.zeros(2, 5), keep=torch.ones(1, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="keep must be a bool"):
-        masked_attention_pool(torch.zeros(5, 2), torch.zeros(1, 5), keep=torch.ones(1, 5))
+def test_masking_compiles_without_a_graph_break(device, fused_path):
+    scores = make_features(3, 50, dtype=torch.float32).to(device)
+    with fused_path():
+        mask = torch.compile(
+            lambda s: stochastic_top_k_mask(s, top_k=10, ratio=0.6), fullgraph=True, backend="aot_eager"
+        )
+        keep = mask(scores)
+    assert (~keep).sum(dim=1).tolist() == [6, 6, 6]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acmil.models.masking import n_masked, stochastic_top_k_mask
+from acmil.kernels import n_masked, stochastic_top_k_mask
 
 
 def generator(seed=0):
@@ -84,3 +84,71 @@ def test_number_masked(n_instances, top_k, ratio, expected):
 def test_options_out_of_range_are_refused(top_k, ratio):
     with pytest.raises(ValueError, match="top_k >= 0 and ratio in"):
         stochastic_top_k_mask(torch.zeros(1, 5), top_k=top_k, ratio=ratio)
+
+
+def fused_mask(scores, *, seed=0, top_k=10, ratio=0.6, offsets=None):
+    from acmil.kernels.top_k_masking import fused
+
+    draw = torch.Generator(scores.device).manual_seed(seed)
+    return fused.stochastic_top_k_mask(scores, top_k=top_k, ratio=ratio, generator=draw, offsets=offsets)
+
+
+def test_fused_masks_each_of_the_top_equally_often_and_nothing_else_ever(device):
+    n_rows, n_instances, top_k, n_drop = 500, 25, 10, 6
+    row = torch.randperm(n_instances, generator=generator(1)).float().to(device)
+    dropped = ~fused_mask(row.repeat(n_rows, 1), seed=2)
+    assert (dropped.sum(dim=1) == n_drop).all()
+    top = row >= n_instances - top_k
+    assert dropped[:, ~top].sum() == 0
+    counts = dropped[:, top].sum(dim=0).double()
+    p = n_drop / top_k
+    chi_square = ((counts - n_rows * p) ** 2 / (n_rows * p * (1 - p))).sum().item() * (top_k - 1) / top_k
+    assert chi_square < 27.88  # the 99.9 % point with 9 degrees of freedom
+    together = dropped[:, top].double().T @ dropped[:, top].double() / n_rows
+    pairs = together[~torch.eye(top_k, dtype=torch.bool, device=device)]
+    assert (pairs - n_drop * (n_drop - 1) / (top_k * (top_k - 1))).abs().max() < 5 * (1 / 3 * 2 / 3 / n_rows) ** 0.5
+
+
+@pytest.mark.parametrize("block", [16, 64, 2048])
+@pytest.mark.parametrize("top_k", [3, 10, 40])
+def test_fused_draws_from_the_highest_of_each_bag_however_it_is_cut(device, monkeypatch, block, top_k):
+    from acmil.kernels.top_k_masking import fused
+
+    monkeypatch.setattr(fused, "BLOCK", block)
+    lengths = [1, 19, 4, 176]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    scores = torch.randn(2, 200, generator=generator(5)).round(decimals=1).to(device)  # with ties
+    keep = fused_mask(scores, top_k=top_k, ratio=0.7, offsets=offsets)
+    for bag, kept in zip(scores.split(lengths, dim=1), keep.split(lengths, dim=1), strict=True):
+        n = bag.shape[1]
+        assert ((~kept).sum(dim=1) == n_masked(n, top_k, 0.7)).all()
+        least = bag.topk(min(top_k, n), dim=1).values[:, -1:].expand_as(bag)
+        assert (bag[~kept] >= least[~kept]).all()
+
+
+def test_fused_masks_of_equal_scores_and_of_both_signs(device):
+    for scores in (torch.zeros(2, 50), torch.full((2, 50), -1e30), torch.tensor([[-1.0, -2.0, 3.0, 0.0, -0.0]] * 2)):
+        n = scores.shape[1]
+        keep = fused_mask(scores.to(device), top_k=3, ratio=1.0)
+        assert (~keep).sum(dim=1).tolist() == [3, 3]
+        if n == 5:
+            assert keep.tolist() == [[False, True, False, False, False]] * 2 or keep[:, 2].sum() == 0
+    keep = fused_mask(torch.tensor([[-1.0, -2.0, 3.0, 0.5, -7.0]], device=device), top_k=3, ratio=1.0)
+    assert keep.tolist() == [[False, True, False, False, True]]
+
+
+def test_fused_draw_depends_on_the_seed_and_the_row_alone(device):
+    scores = torch.arange(30.0, device=device).repeat(20, 1)
+    first, second, other = (fused_mask(scores, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert len({tuple(row) for row in first.tolist()}) > 15
+
+
+@pytest.mark.gpu
+def test_fused_on_a_long_bag():
+    scores = torch.randn(5, 200_001, device="cuda")
+    keep = fused_mask(scores)
+    assert (~keep).sum(dim=1).tolist() == [6] * 5
+    least = scores.topk(10, dim=1).values[:, -1:].expand_as(scores)
+    assert (scores[~keep] >= least[~keep]).all()

@@ -1,0 +1,435 @@
+"""Time of one ACMIL-GA training step: the eager loop, PyTorch compiled and captured, and the fused step.
+
+    python benchmarks/training_step.py --result results/training_step
+    python benchmarks/training_step.py --device cpu        # a smoke run in Triton's interpreter
+
+Bags are synthetic: normal features. For each size the fused step is first held against the reference in float64, loss
+and every gradient by norm, with its buffers poisoned; no time is taken of a step that is wrong. Then the arms are timed
+in one process, each going round several bags, so that no cache holds the features from one step to the next: the median
+of many samples, with the 10th and 90th percentile.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+PRODUCT_FLOPS, COPY_BYTES = 757e12, 3.0e12  # measured on an H100: a large bf16 product; a copy, read plus written
+TOP_K, RATIO, WEIGHT_DECAY, RATE = 10, 0.6, 1e-5, 1e-4
+CACHE_BYTES = 300e6  # features that the bags of a size hold together, several times the L2
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class Shape(NamedTuple):
+    """One size of bag and model."""
+
+    n: int
+    d: int
+    l: int  # noqa: E741
+    a: int = 128
+    k: int = 5
+    c: int = 2
+
+    def __str__(self) -> str:
+        return f"N={self.n:,} D={self.d} L={self.l}"
+
+    def floor_ms(self) -> float:
+        """No step can be faster: arithmetic at the rate of a large product, or the features read twice."""
+        flops = 2 * self.n * (2 * self.d * self.l + 3 * self.l * 2 * self.a)
+        return 1e3 * max(flops / PRODUCT_FLOPS, 4 * self.n * self.d / COPY_BYTES)
+
+    def inference_floor_ms(self) -> float:
+        """The same for a forward pass."""
+        flops = 2 * self.n * (self.d * self.l + self.l * 2 * self.a)
+        return 1e3 * max(flops / PRODUCT_FLOPS, 2 * self.n * self.d / COPY_BYTES)
+
+
+SHAPES = [
+    Shape(1_000, 1024, 512), Shape(10_000, 1024, 512), Shape(100_000, 1024, 512), Shape(10_000, 384, 128),
+]  # fmt: skip
+
+
+class Bags(NamedTuple):
+    """Bags of one size on the device, one after another."""
+
+    features: Tensor  # (S·N, D)
+    offsets: Tensor  # (S+1,) int64
+    labels: Tensor  # (S,) int64
+
+
+class Timing(NamedTuple):
+    """Milliseconds a step."""
+
+    median: float
+    low: float
+    high: float
+
+
+def make_bags(shape: Shape, dtype: torch.dtype, device: torch.device, n_bags: int) -> Bags:
+    """Normal features, as a backbone with a final LayerNorm gives them."""
+    generator = torch.Generator(device).manual_seed(0)
+    features = torch.randn((n_bags * shape.n, shape.d), generator=generator, device=device).to(dtype)
+    offsets = torch.arange(n_bags + 1, device=device) * shape.n
+    return Bags(features, offsets, torch.arange(n_bags, device=device) % shape.c)
+
+
+def make_model(shape: Shape, device: torch.device) -> Any:
+    """The model as training builds it."""
+    from acmil.models import create_model
+
+    torch.manual_seed(0)
+    model = create_model(
+        "acmil_ga", in_features=shape.d, n_classes=shape.c, n_branches=shape.k, mask_top_k=TOP_K, mask_ratio=RATIO,
+        hidden_features=shape.l, attention_features=shape.a,
+    )  # fmt: skip
+    return model.to(device)
+
+
+def parameters_of(model: Any) -> Any:
+    """The model's parameters in the order of the fused step."""
+    from acmil.kernels.training_step import GatedParameters
+
+    return GatedParameters(
+        model.reduction.weight, model.gate_v.weight, model.gate_u.weight, model.gate_v.bias, model.gate_u.bias,
+        model.score.weight, model.score.bias, model.branch_head.weight, model.branch_head.bias,
+        model.bag_head.weight, model.bag_head.bias,
+    )  # fmt: skip
+
+
+def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) -> Any:
+    """A fused step that goes round the bags."""
+    from acmil.kernels.training_step.fused import TrainingStep
+
+    step = TrainingStep(
+        parameters_of(make_model(shape, device)), features=bags.features, bag_offsets=bags.offsets, labels=bags.labels,
+        longest=shape.n, top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY, seed=1, positions=positions,
+    )  # fmt: skip
+    order = torch.arange(positions, device=device) % bags.labels.numel()
+    step.schedule(order, torch.full((positions,), RATE, dtype=torch.float64, device=device))
+    return step
+
+
+def poison(step: Any) -> None:
+    """Fill every buffer that a step should write with NaN."""
+    buffers = (
+        step.hidden, step.gate, step.d_reduced, step.scores, *step.partials, step.pooled, step.d_pooled, step.stats,
+        step.gram, step.d_pairs, step.correction, step.d_heads, step.small, step.large, step.losses,
+    )  # fmt: skip
+    for buffer in buffers:
+        buffer.fill_(float("nan"))
+
+
+def errors_of_step(shape: Shape, bags: Bags, device: torch.device) -> dict[str, float]:
+    """Relative errors, by norm, of losses and gradients of one fused step against the reference in float64."""
+    from acmil.kernels.training_step import GatedParameters, loss_terms
+    from acmil.kernels.training_step.parameters import views_of
+
+    step = make_step(shape, bags, device, 1)
+    poison(step)
+    parameters = GatedParameters(*(p.double().clone().requires_grad_() for p in step.parameters))
+    step.launch()
+    keep = ~torch.isinf(step.scores[:, : shape.n])
+    dropped = (~keep).sum(dim=1).tolist()
+    expected_dropped = int(min(TOP_K, shape.n) * RATIO + 1e-9)
+    if dropped != [expected_dropped] * shape.k:
+        raise SystemExit(f"{shape}: masked {dropped} of a pool of {TOP_K}, expected {expected_dropped} each")
+    terms = loss_terms(parameters, bags.features[: shape.n].double(), bags.labels[0], keep)
+    terms.total.backward()
+    errors = {"loss": abs(step.losses[0, 0].item() / terms.total.item() - 1.0)}
+    # The first moment after one step is (1 − β1) g.
+    for name, moment, parameter in zip(
+        GatedParameters._fields, views_of(step.moments[0], step.sizes), parameters, strict=True
+    ):
+        if name != "score_bias":  # its gradient is 0: adding a constant to a row of scores changes nothing
+            expected = 0.1 * parameter.grad
+            errors[name] = ((moment - expected).norm() / expected.norm()).item()
+    return errors
+
+
+def check_step(shape: Shape, bags: Bags, device: torch.device) -> float:
+    """The largest error; ends the program if one is beyond rounding."""
+    errors = errors_of_step(shape, bags, device)
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    if not errors[worst] < TOLERANCE[bags.features.dtype]:
+        raise SystemExit(f"{shape} {bags.features.dtype}: wrong, relative errors {errors}")
+    return errors[worst]
+
+
+def timed(run: Callable[[int], None], device: torch.device, *, samples: int, steps: int) -> Timing:
+    """Time of a call, from events around `steps` of them; the calls are numbered on."""
+    times, number = [], 0
+    for sample in range(samples + 2):
+        start = _mark(device)
+        for _ in range(steps):
+            run(number)
+            number += 1
+        elapsed_ms = _since(start, device)
+        if sample >= 2:  # the first are to warm up
+            times.append(elapsed_ms / steps)
+    cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+    return Timing(statistics.median(times), cuts[0], cuts[-1])
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    torch.cuda.synchronize()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _since(start: Any, device: torch.device) -> float:
+    if device.type != "cuda":
+        return 1e3 * (time.perf_counter() - start)
+    end = torch.cuda.Event(enable_timing=True)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def eager_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool) -> Callable[[int], None]:
+    """The step of `acmil.training.fit`, in float32; with the fused operators, or with their reference."""
+    import acmil.kernels.branch_pool
+    import acmil.kernels.gated_scores
+    import acmil.kernels.top_k_masking
+    from acmil.kernels.launch import takes_fused_path
+
+    for package in (acmil.kernels.branch_pool, acmil.kernels.gated_scores, acmil.kernels.top_k_masking):
+        package.takes_fused_path = takes_fused_path if fused else lambda *_, **__: False
+    model = make_model(shape, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    generator = torch.Generator(device).manual_seed(1)
+    parts = bags.features.float().split(shape.n)
+    losses = torch.zeros(len(parts), 4, device=device)
+
+    def run(number: int) -> None:
+        index = number % len(parts)
+        terms = model.loss(model(parts[index], generator=generator), bags.labels[index : index + 1])
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        losses[index] = torch.stack([terms.total, terms.bag, terms.branch, terms.diversity]).detach()
+
+    return run
+
+
+def compiled_arm(shape: Shape, bags: Bags, device: torch.device) -> Callable[[int], None]:
+    """The step as vectorised PyTorch, compiled, autocast to the features' type, and captured in a graph a bag."""
+    from acmil.kernels.training_step import GatedParameters, LossTerms
+
+    model = make_model(shape, device)
+    parameters = [p.detach().clone().requires_grad_() for p in parameters_of(model)]
+    rate = torch.tensor(RATE, device=device)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=WEIGHT_DECAY, fused=True, capturable=True)
+    n_drop = int(min(TOP_K, shape.n) * RATIO + 1e-9)
+    losses = torch.zeros(4, device=device)
+
+    def loss(p: GatedParameters, x: Tensor, label: Tensor) -> LossTerms:
+        hidden = torch.relu(F.linear(x, p.reduction_weight))
+        gate = torch.tanh(F.linear(hidden, p.v_weight, p.v_bias)) * torch.sigmoid(
+            F.linear(hidden, p.u_weight, p.u_bias)
+        )
+        scores = F.linear(gate, p.score_weight, p.score_bias).T.float()
+        pool = scores.detach().topk(TOP_K, dim=-1).indices
+        drop = torch.rand(pool.shape, device=x.device).topk(n_drop, dim=-1).indices
+        scores = scores.scatter(1, pool.gather(1, drop), float("-inf"))
+        attention = torch.softmax(scores, dim=-1)
+        z = (attention.to(hidden.dtype) @ hidden).float()
+        gram = attention @ attention.T
+        norm = gram.diagonal().sqrt()
+        cosine = gram / (norm[:, None] * norm[None, :])
+        bag = F.cross_entropy(F.linear(z.mean(dim=0, keepdim=True), p.bag_head_weight, p.bag_head_bias), label)
+        logits = (p.branch_head_weight @ z[:, :, None])[..., 0] + p.branch_head_bias
+        branch = F.cross_entropy(logits, label.expand(shape.k))
+        diversity = (cosine.sum() - cosine.diagonal().sum()) / (shape.k * (shape.k - 1))
+        return LossTerms(bag + branch + diversity, bag, branch, diversity)
+
+    compiled = torch.compile(loss, fullgraph=True)
+
+    def step(index: int) -> None:
+        x = bags.features[index * shape.n : (index + 1) * shape.n]
+        with torch.autocast(device.type, bags.features.dtype, enabled=bags.features.dtype != torch.float32):
+            terms = compiled(GatedParameters(*parameters), x, bags.labels[index : index + 1])
+        optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        optimizer.step()
+        losses.copy_(torch.stack(terms).detach())
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for index in (0, 1, 0, 1):
+            step(index % bags.labels.numel())
+    torch.cuda.synchronize()
+    graphs = []
+    for index in range(bags.labels.numel()):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            step(index)
+        graphs.append(graph)
+    return lambda number: graphs[number % len(graphs)].replay()
+
+
+def fused_arm(step: Any, device: torch.device) -> Callable[[int], None]:
+    """The fused step, captured once for all bags; launched by hand where there are no graphs."""
+    if device.type != "cuda":
+        return lambda _: step.launch()
+    graph = step.capture([step.longest])[0]
+    return lambda _: graph.replay()
+
+
+def inference_arm(shape: Shape, bags: Bags, device: torch.device) -> Callable[[int], None]:
+    """Attention and pooled features of a bag by the operators, captured in a graph a bag."""
+    from acmil.kernels import gated_attention_pool
+
+    p = [parameter.detach().to(bags.features.dtype) for parameter in parameters_of(make_model(shape, device))]
+    weights = (p[0], p[1], p[3], p[2], p[4], p[5], p[6])
+    parts = bags.features.split(shape.n)
+    with torch.no_grad():
+        gated_attention_pool(parts[0], *weights)
+        if device.type != "cuda":
+            return lambda number: gated_attention_pool(parts[number % len(parts)], *weights)
+        graphs = []
+        for part in parts:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                gated_attention_pool(part, *weights)
+            graphs.append(graph)
+    return lambda number: graphs[number % len(graphs)].replay()
+
+
+def kernel_times(run: Callable[[int], None], steps: int) -> dict[str, float]:
+    """Microseconds that each kernel takes in a step, by the profiler."""
+    run(0)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for number in range(steps):
+            run(number)
+        torch.cuda.synchronize()
+    rows = {row.key: row.device_time_total / steps for row in profile.key_averages() if row.device_time_total > 0}
+    return dict(sorted(rows.items(), key=lambda row: -row[1]))
+
+
+def peak_bytes(device: torch.device, action: Callable[[], Any]) -> tuple[int, Any]:
+    """Most memory that an action held beyond what was there, and what it returned."""
+    if device.type != "cuda":
+        return 0, action()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = action()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, result
+
+
+def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All arms at one size."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    n_bags = max(4, int(CACHE_BYTES / (shape.n * shape.d * dtype.itemsize))) if device.type == "cuda" else 2
+    bags = make_bags(shape, dtype, device, min(n_bags, 64))
+    error = check_step(shape, bags, device)
+    rows: list[dict[str, Any]] = []
+
+    def add(arm: str, run: Callable[[int], None], floor_ms: float, memory: int, steps: int) -> None:
+        timing = timed(run, device, samples=options.samples, steps=steps)
+        rows.append(
+            {"size": str(shape), "dtype": options.dtype, "arm": arm, "ms": timing.median, "p10_ms": timing.low,
+             "p90_ms": timing.high, "floor_share": floor_ms / timing.median, "peak_mb": memory / 1e6}
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+
+    quick, slow = (20, 3) if device.type == "cuda" else (1, 1)
+    arms = options.arms.split(",")
+    for arm, fused in (("eager", False), ("eager-operators", True)):
+        if arm in arms:
+            memory, run = peak_bytes(device, lambda fused=fused: _warm(eager_arm(shape, bags, device, fused=fused)))
+            add(arm, run, shape.floor_ms(), memory, slow)
+    if "compiled" in arms and device.type == "cuda":
+        memory, run = peak_bytes(device, lambda: compiled_arm(shape, bags, device))
+        add("compiled", run, shape.floor_ms(), memory, quick)
+    if "fused" in arms:
+        positions = (options.samples + 4) * quick + 40
+        memory, step = peak_bytes(device, lambda: make_step(shape, bags, device, positions))
+        run = fused_arm(step, device)
+        add("fused", run, shape.floor_ms(), memory, quick)
+        rows[-1]["error"] = error
+        if device.type == "cuda" and not options.no_profile:
+            rows[-1]["kernels_us"] = kernel_times(run, 10)
+            print(json.dumps(rows[-1]["kernels_us"], indent=1), flush=True)
+    if "inference" in arms:
+        memory, run = peak_bytes(device, lambda: inference_arm(shape, bags, device))
+        add("inference", run, shape.inference_floor_ms(), memory, quick)
+        if device.type == "cuda" and not options.no_profile:
+            rows[-1]["kernels_us"] = kernel_times(run, 10)
+            print(json.dumps(rows[-1]["kernels_us"], indent=1), flush=True)
+    return rows
+
+
+def _warm(run: Callable[[int], None]) -> Callable[[int], None]:
+    run(0)
+    return run
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    lines = [
+        "# One ACMIL-GA training step", "",
+        f"{result['machine']}, torch {result['versions']['torch']}, triton {result['versions']['triton']}. "
+        f"{result['note']}", "",
+        "| size | arm | ms, median (p10 to p90) | share of the floor | memory beyond the features, MB | error |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        lines.append(
+            f"| {row['size']} {row['dtype']} | {row['arm']} | {row['ms']:.4f} ({row['p10_ms']:.4f} to "
+            f"{row['p90_ms']:.4f}) | {row['floor_share']:.2f} | {row['peak_mb']:.0f} | {error} |"
+        )
+    for row in result["rows"]:
+        if "kernels_us" in row:
+            lines += ["", f"{row['size']}, {row['arm']}: µs a step of each kernel", "", "| kernel | µs |", "|---|---|"]
+            lines += [f"| {name} | {micros:.1f} |" for name, micros in row["kernels_us"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--arms", default="eager,eager-operators,compiled,fused,inference")
+    parser.add_argument("--sizes", default="", help="N:D:L,… in place of the standard sizes")
+    parser.add_argument("--samples", type=int, default=30)
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--result", type=Path, help="written with the suffixes .json and .md")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, which happens on first use
+        options.samples = 2
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    shapes = [Shape(*map(int, size.split(":"))) for size in options.sizes.split(",") if size]
+    if not shapes:
+        shapes = SHAPES if options.device == "cuda" else [Shape(100, 32, 32, 16, 3)]
+    from acmil.environment import describe
+
+    rows = [row for shape in shapes for row in measure(shape, options)]
+    note = "Synthetic bags. Floor: 757 TFLOP/s in products or 3.0 TB/s, whichever takes longer."
+    result = {**describe(), "note": note, "rows": rows}
+    print(as_markdown(result))
+    if options.result is not None:
+        options.result.parent.mkdir(parents=True, exist_ok=True)
+        options.result.with_suffix(".json").write_text(json.dumps(result, indent=1))
+        options.result.with_suffix(".md").write_text(as_markdown(result))
+
+
+if __name__ == "__main__":
+    main()

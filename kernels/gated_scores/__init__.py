@@ -1,0 +1,62 @@
+"""Instance reduction and gated-attention scores."""
+
+from torch import Tensor
+
+from acmil.kernels.checks import check_shape
+from acmil.kernels.gated_scores import reference
+from acmil.kernels.launch import MAX_GATE, takes_fused_path
+
+__all__ = ["gated_attention_scores"]
+
+
+def gated_attention_scores(
+    features: Tensor,
+    reduction_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    u_weight: Tensor,
+    u_bias: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Reduce the instances and score each for every branch.
+
+    `H = relu(X W1ᵀ)`, `G = tanh(H Vᵀ + bV) ⊙ sigmoid(H Uᵀ + bU)`, `S = w Gᵀ + b`. An instance's row needs no other
+    instance, so bags play no part here. On a GPU the fused kernels run where D, L and A are multiples of 16, A <= 256,
+    K <= 16 and the type is float32, bfloat16 or float16; everything else takes the reference.
+
+    Args:
+        features: Instance features `X`, (ΣN, D), floating point.
+        reduction_weight: `W1`, (L, D); there is no bias.
+        v_weight: `V`, (A, L).
+        v_bias: `bV`, (A,).
+        u_weight: `U`, (A, L).
+        u_bias: `bU`, (A,).
+        score_weight: `w`, (K, A): one row a branch.
+        score_bias: `b`, (K,).
+
+    Returns:
+        `H`, (ΣN, L), in the features' type, and the scores `S`, (K, ΣN), before any softmax, float32 or finer.
+
+    Raises:
+        ValueError: If the shapes disagree, or on a GPU the types or devices.
+
+    Reference:
+        Ilse et al., "Attention-based Deep Multiple Instance Learning", ICML 2018; Zhang et al., ECCV 2024.
+    """
+    (n_hidden, n_gate), n_branches = (reduction_weight.shape[0], v_weight.shape[0]), score_weight.shape[0]
+    check_shape("features", features, (None, reduction_weight.shape[-1]))
+    check_shape("reduction_weight", reduction_weight, (v_weight.shape[-1], None))
+    check_shape("v_bias", v_bias, (n_gate,))
+    check_shape("u_weight", u_weight, tuple(v_weight.shape))
+    check_shape("u_bias", u_bias, (n_gate,))
+    check_shape("score_weight", score_weight, (None, n_gate))
+    check_shape("score_bias", score_bias, (n_branches,))
+    weights = (reduction_weight, v_weight, v_bias, u_weight, u_bias, score_weight, score_bias)
+    sizes = (features.shape[1], n_hidden, n_gate)
+    fits = n_gate <= MAX_GATE and features.shape[0] > 0
+    if fits and takes_fused_path(features, multiples_of_16=sizes, n_branches=n_branches):
+        from acmil.kernels.gated_scores import fused  # triton comes with torch only where there can be a GPU
+
+        return fused.gated_attention_scores(features, *weights)
+    return reference.gated_attention_scores(features, *weights)

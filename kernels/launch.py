@@ -1,0 +1,71 @@
+"""What every launch of a fused kernel needs to know: the path, the precision, the size of its blocks."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_BRANCHES = 16
+MAX_GATE = 256
+BRANCH_BLOCK = 16  # branches are padded to the least size of a tensor-core operand
+
+
+def takes_fused_path(tensor: Tensor, *, multiples_of_16: tuple[int, ...] = (), n_branches: int = 1) -> bool:
+    """Say whether a call runs the fused kernels: a question of device, dtype and sizes alone, never of what failed."""
+    return (
+        tensor.is_cuda
+        and tensor.dtype in FUSED_DTYPES
+        and all(size % 16 == 0 for size in multiples_of_16)
+        and n_branches <= MAX_BRANCHES
+    )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of a float32 product, by torch's own switch; half types have but one."""
+    if dtype != torch.float32:
+        return "tf32"  # ignored for half operands
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def power_of_2_at_least(size: int, *, least: int = 16) -> int:
+    """Round a size up to a block size.
+
+    Examples:
+        >>> power_of_2_at_least(1), power_of_2_at_least(16), power_of_2_at_least(129)
+        (16, 16, 256)
+    """
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def search_steps(n_bags: int) -> int:
+    """How often a range of bags must be halved to find one of them.
+
+    Examples:
+        >>> [search_steps(n) for n in (1, 2, 3, 8, 9)]
+        [0, 1, 2, 3, 4]
+    """
+    return (n_bags - 1).bit_length()
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
+@lru_cache
+def n_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few in the interpreter, so that loops over several programs are run."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check_operands(features: Tensor, **others: Tensor) -> None:
+    """Refuse operands of a fused operator whose dtype or device differs from the features'."""
+    for name, tensor in others.items():
+        if tensor.dtype != features.dtype or tensor.device != features.device:
+            raise ValueError(
+                f"{name} must be {features.dtype} on {features.device} like the features, got {tensor.dtype} on "
+                f"{tensor.device}. Bring both to one dtype and device first."
+            )

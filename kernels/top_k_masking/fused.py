@@ -1,0 +1,87 @@
+"""Stochastic top-k masking in one launch, without reading anything back to the host."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from acmil.kernels.launch import ceil_div, power_of_2_at_least, search_steps
+from acmil.kernels.top_k_masking.counts import share_of_pool
+from acmil.kernels.top_k_masking.kernels import mask_kernel
+
+BLOCK = 2048  # scores that a program holds at once
+
+
+def stochastic_top_k_mask(
+    scores: Tensor, *, top_k: int, ratio: float, generator: torch.Generator | None, offsets: Tensor | None
+) -> Tensor:
+    """The reference's function by the fused kernel; the seed of its draw comes from the generator."""
+    seed = torch.randint(2**62, (1,), generator=generator, device=scores.device)
+    return top_k_mask_op(scores.detach(), seed, top_k, ratio, offsets)
+
+
+@torch.library.custom_op("acmil::top_k_mask", mutates_args=())
+def top_k_mask_op(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offsets: Tensor | None) -> Tensor:
+    """Keep mask (R, ΣN) bool; `seed` (1,) int64 on the device."""
+    scores = scores.float().contiguous()
+    n_lines, n_rows = scores.shape
+    n_bags = 1 if offsets is None else offsets.shape[0] - 1
+    keep = torch.empty((n_lines, n_rows), dtype=torch.bool, device=scores.device)
+    arrived = torch.zeros((n_lines * n_bags,), dtype=torch.int32, device=scores.device)
+    zero = torch.zeros((1,), dtype=torch.int64, device=scores.device)
+    picks = new_picks(n_lines, n_rows, n_bags, top_k, scores.device)
+    launch_mask(scores, keep, picks, arrived, drop_table(top_k, ratio, scores.device), seed, zero, top_k, offsets)
+    return keep
+
+
+@top_k_mask_op.register_fake
+def _(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offsets: Tensor | None) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+def new_picks(n_lines: int, n_rows: int, n_bags: int, top_k: int, device: torch.device, block: int = BLOCK) -> Tensor:
+    """Room for each slot's highest scores, (R, slots, n) int64 keys."""
+    n_slots = ceil_div(n_rows, block) + n_bags
+    return torch.empty((n_lines, n_slots, power_of_2_at_least(top_k)), dtype=torch.int64, device=device)
+
+
+@lru_cache
+def drop_table(top_k: int, ratio: float, device: torch.device) -> Tensor:
+    """How many of a pool of 0, 1, …, top_k are masked, (top_k + 1,) int32: reckoned once, on the host, exactly."""
+    return torch.tensor([share_of_pool(n, ratio) for n in range(top_k + 1)], dtype=torch.int32, device=device)
+
+
+def launch_mask(
+    scores: Tensor,
+    keep: Tensor | None,
+    picks: Tensor,
+    arrived: Tensor,
+    n_drop: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    top_k: int,
+    offsets: Tensor | None,
+    block: int = BLOCK,
+) -> None:
+    """Mask scores (R, ΣN) float32 of packed bags: in `keep`, or in place as -inf.
+
+    Args:
+        scores: (R, ΣN) float32; their row stride may be larger.
+        keep: (R, ΣN) bool to write, or None.
+        picks: Scratch, of `new_picks`.
+        arrived: (R · B,) int32, zeros; left as zeros.
+        n_drop: Of `drop_table`.
+        seed: (1,) int64: with `step`, all that the draw depends on.
+        step: (1,) int64.
+        top_k: Size of the pool.
+        offsets: (B+1,) int64, or None for one bag.
+        block: Scores that a program holds at once.
+    """
+    n_lines, n_rows = scores.shape
+    n_bags = 1 if offsets is None else offsets.shape[0] - 1
+    n_slots = ceil_div(n_rows, block)
+    mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
+        scores, keep, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, scores.stride(0), top_k,
+        BN=block, BP=power_of_2_at_least(top_k), KEEP=keep is not None, PACKED=offsets is not None,
+        SEARCH=search_steps(n_bags), num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The Triton kernel of stochastic top-k masking: one launch finds each row's highest scores and draws which to mask."""
+# ruff: noqa: ANN001, ANN201
+
+import triton
+import triton.language as tl
+
+from acmil.kernels.slots import find_slot, slot_size, slots_of_bag, used_rows
+
+NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def score_keys(scores, rows, fits):
+    """Whole numbers in the order of the scores; of equal scores the one of the lower row is the higher."""
+    bits = scores.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)
+    return tl.where(fits, keys, NO_KEY)
+
+
+@triton.jit
+def merge_top(picks, keys, n_top, BP: tl.constexpr):
+    """The `n_top` highest of `picks` (BP,) and `keys`, falling; what is left over is NO_KEY."""
+    place = tl.arange(0, BP)
+    merged = tl.full((BP,), NO_KEY, tl.int64)
+    for i in range(0, n_top):
+        highest = tl.maximum(tl.max(picks, axis=0), tl.max(keys, axis=0))
+        picks = tl.where(picks == highest, NO_KEY, picks)
+        keys = tl.where(keys == highest, NO_KEY, keys)
+        merged = tl.where(place == i, highest, merged)
+    return merged
+
+
+@triton.jit
+def draw_masked(picks, n_drop, seed, step, row, BP: tl.constexpr):
+    """Which `n_drop` of the picks are masked, (BP,) bool: those with the highest of independent random numbers."""
+    place = tl.arange(0, BP)
+    zero = tl.zeros((BP,), tl.int32)
+    numbers, _, _, _ = tl.philox(
+        seed, place, zero + row, zero + (step & 0xFFFFFFFF).to(tl.int32), zero + (step >> 32).to(tl.int32)
+    )
+    numbers = tl.where(picks != NO_KEY, (numbers.to(tl.int64) << 16) | place.to(tl.int64), -1)  # ties are broken
+    rank = tl.sum((numbers[None, :] > numbers[:, None]).to(tl.int32), axis=1)
+    return (rank < n_drop) & (picks != NO_KEY)
+
+
+@triton.jit
+def mask_kernel(
+    scores_ptr, keep_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
+    n_rows, n_bags, n_slots, score_stride, top_k,
+    BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
+
+    With KEEP a mask is written, (R, ΣN) bytes; otherwise masked scores become -inf in place, where a softmax gives them
+    exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked.
+    """
+    line = tl.program_id(0)
+    slot = tl.program_id(1)
+    used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    size = slot_size(used, n_slots, BN)
+    bag, first, end = find_slot(slot, size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
+    place = tl.arange(0, BP)
+    if first < end:
+        line_ptr = scores_ptr + line.to(tl.int64) * score_stride
+        picks = tl.full((BP,), NO_KEY, tl.int64)
+        for n in range(first, end, BN):
+            rows = n + tl.arange(0, BN)
+            fits = rows < end
+            keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), rows, fits)
+            picks = merge_top(picks, keys, top_k, BP)
+            if KEEP:
+                tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
+        first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
+        if PACKED:
+            length = (tl.load(offsets_ptr + bag + 1) - tl.load(offsets_ptr + bag)).to(tl.int32)
+        else:
+            length = tl.zeros((), tl.int32) + n_rows
+        all_slots = tl.num_programs(1)
+        picks_line_ptr = picks_ptr + line * all_slots * BP
+        tl.store(picks_line_ptr + slot * BP + place, picks)
+        tl.debug_barrier()  # every thread's writes come before the count below
+        last = tl.atomic_add(arrived_ptr + line * n_bags + bag, 1, sem="acq_rel", scope="gpu") == count - 1
+        if last:
+            if count > 1:
+                picks = tl.full((BP,), NO_KEY, tl.int64)
+                for n in range(0, count * BP, BN):
+                    at = n + tl.arange(0, BN)
+                    keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
+                    picks = merge_top(picks, keys, top_k, BP)
+            n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length))
+            n_drop = tl.minimum(n_drop, length - 1)
+            masked = draw_masked(picks, n_drop, tl.load(seed_ptr), tl.load(step_ptr), line * n_bags + bag, BP)
+            rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
+            if KEEP:
+                tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.zeros((BP,), tl.int8), mask=masked)
+            else:
+                tl.store(line_ptr + rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
+            tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch

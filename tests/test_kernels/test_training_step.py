@@ -1,0 +1,157 @@
+"""The fused training step against the reference in float64: losses, gradients, AdamW, the order of bags."""
+
+import pytest
+import torch
+
+from acmil.kernels.training_step import GatedParameters, loss_terms
+from acmil.kernels.training_step.parameters import Sizes, sizes_of, views_of
+
+SCRATCH = (
+    "hidden", "gate", "d_reduced", "scores", "pooled", "d_pooled", "stats", "gram", "d_pairs", "correction", "d_heads",
+    "small", "large", "losses",
+)  # fmt: skip
+RATE, DECAY = 1e-3, 1e-2
+
+
+def make_parameters(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return GatedParameters(
+        *(torch.randn(s, generator=generator) / (s[-1] ** 0.5 if len(s) > 1 else 4.0) for s in sizes.shapes())
+    )
+
+
+def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seed=7, **options):
+    from acmil.kernels.training_step.fused import TrainingStep
+
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn((sum(lengths), sizes.features), generator=generator).to(device, dtype)
+    labels = torch.randint(sizes.classes, (len(lengths),), generator=generator).to(device)
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    return TrainingStep(
+        make_parameters(sizes), features=features, bag_offsets=offsets, labels=labels, longest=max(lengths),
+        top_k=top_k, ratio=0.6, weight_decay=DECAY, seed=seed, **options,
+    )  # fmt: skip
+
+
+def schedule(step, order):
+    device = step.master.device
+    rates = torch.linspace(RATE, RATE / 2, len(order), dtype=torch.float64, device=device)
+    step.schedule(torch.tensor(order, device=device), rates)
+    return rates.tolist()
+
+
+def poison(step):
+    for name in SCRATCH:
+        getattr(step, name).fill_(float("nan"))
+    for buffer in step.partials:
+        buffer.fill_(float("nan"))
+
+
+def check_steps(step, lengths, order, relative_error, tolerance, expected_dropped):
+    rates = schedule(step, order)
+    exact = GatedParameters(*(p.detach().double().clone().requires_grad_() for p in step.parameters))
+    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=DECAY)
+    for t, (bag, rate) in enumerate(zip(order, rates, strict=True)):
+        poison(step)
+        step.launch()
+        n = lengths[bag]
+        keep = ~torch.isinf(step.scores[:, :n])
+        assert (~keep).sum(dim=1).tolist() == [expected_dropped[bag]] * step.sizes.branches
+        start = int(step.bag_offsets[bag])
+        terms = loss_terms(exact, step.features[start : start + n].double(), step.labels[bag], keep)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        assert step.losses[t].tolist() == pytest.approx([term.item() for term in terms], rel=tolerance, abs=tolerance)
+        moments = (views_of(moment, step.sizes) for moment in step.moments)
+        for name, first, second, value, parameter in zip(
+            GatedParameters._fields, *moments, step.parameters, exact, strict=True
+        ):
+            if parameter.grad is None:
+                assert torch.equal(value.double(), parameter.detach()), name
+            elif name != "score_bias":  # its gradient is nothing but rounding
+                state = optimizer.state[parameter]
+                assert relative_error(first, state["exp_avg"]) < tolerance, (t, name)
+                assert relative_error(second, state["exp_avg_sq"]) < 2 * tolerance, (t, name)
+                assert relative_error(value, parameter) < tolerance, (t, name)
+
+
+LENGTHS = [100, 1, 37, 200]
+DROPPED = [6, 0, 6, 6]
+
+
+def test_several_steps(device, relative_error):
+    step = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
+    check_steps(step, LENGTHS, [3, 0, 1, 2], relative_error, 2e-5, DROPPED)
+
+
+def test_one_branch_without_masking(device, relative_error):
+    step = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0)
+    check_steps(step, [70, 5], [1, 0], relative_error, 2e-5, [0, 0])
+
+
+def test_half_types(device, relative_error):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter gets products of bf16 wrong
+    step = make_step(Sizes(64, 32, 32, 3, 2), [150], device, dtype=dtype)
+    check_steps(step, [150], [0], relative_error, 3e-2, [6])
+    torch.testing.assert_close(step.work, step.master.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "d", "l"), [(10_000, 1024, 512), (65_537, 384, 128), (777, 1536, 768)])
+def test_full_size(relative_error, n, d, l, dtype):  # noqa: E741
+    step = make_step(Sizes(d, l, 128, 5, 2), [n, 130], torch.device("cuda"), dtype=dtype)
+    check_steps(step, [n, 130], [0], relative_error, 3e-2 if dtype == torch.bfloat16 else 1e-3, [6, 6])
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_does_every_bag_and_capture_changes_nothing():
+    lengths = [900, 1, 3000, 64]
+    sizes, order = Sizes(128, 64, 64, 5, 2), [2, 0, 3, 1, 2]
+    device = torch.device("cuda")
+    one, two = (make_step(sizes, lengths, device, dtype=torch.bfloat16, positions=5) for _ in range(2))
+    for step in (one, two):
+        schedule(step, order)
+    graphs = two.capture([max(lengths)])
+    assert torch.equal(one.master, two.master)
+    for _ in order:
+        one.launch()
+        graphs[0].replay()
+    assert torch.equal(one.master, two.master)
+    assert torch.equal(one.losses[:5], two.losses[:5])
+    assert torch.isfinite(two.losses[:5]).all()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_other_masks(device):
+    masters = []
+    for seed in (7, 7, 8):
+        step = make_step(Sizes(16, 16, 16, 2, 2), [60], device, seed=seed)
+        schedule(step, [0])
+        step.launch()
+        masters.append(step.master)
+    assert torch.equal(masters[0], masters[1])
+    assert not torch.equal(masters[0], masters[2])
+
+
+def test_masks_of_one_bag_differ_from_step_to_step(device):
+    step = make_step(Sizes(16, 16, 16, 2, 2), [60], device, positions=3)
+    schedule(step, [0, 0, 0])
+    step.rates.zero_()  # the parameters stay: only the draw changes
+    masks = []
+    for _ in range(3):
+        step.launch()
+        masks.append(torch.isinf(step.scores[:, :60]).clone())
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+def test_what_is_refused(device):
+    sizes = Sizes(16, 16, 16, 2, 2)
+    step = make_step(sizes, [60], device)
+    with pytest.raises(ValueError, match="1 to 1 steps, got 2 and 2"):
+        schedule(step, [0, 0])
+    wrong = make_parameters(sizes)._replace(v_bias=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"v_bias must have shape \(16,\), got \(3,\)"):
+        sizes_of(wrong)
