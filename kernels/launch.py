@@ -61,6 +61,22 @@ def n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def chained(device: torch.device) -> dict[str, object]:
+    """Options of every launch: from Hopper on its programs are put in place while the launch before it still runs.
+
+    They wait for its end before they read, so that only the time of launching is saved.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"CHAINED": True, "launch_pdl": True}
+    return {"CHAINED": False}
+
+
+def may_approximate(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tanh and sigmoid may be the GPU's approximations, 11 bits: for half types, outside the interpreter."""
+    return device.type == "cuda" and dtype != torch.float32
+
+
 def check_operands(features: Tensor, **others: Tensor) -> None:
     """Refuse operands of a fused operator whose dtype or device differs from the features'."""
     for name, tensor in others.items():

@@ -1,6 +1,6 @@
 """The branch pool by fused kernels: three launches forward, one or two backward, registered with torch.library."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,28 @@ from acmil.kernels.branch_pool.kernels import (
     pool_backward_kernel,
     pool_kernel,
 )
-from acmil.kernels.launch import BRANCH_BLOCK, ceil_div, dot_precision, n_processors, power_of_2_at_least, search_steps
+from acmil.kernels.launch import (
+    BRANCH_BLOCK,
+    ceil_div,
+    chained,
+    dot_precision,
+    n_processors,
+    power_of_2_at_least,
+    search_steps,
+)
 
-BLOCK = 64  # rows that a program holds at once
-SLOT_BLOCK = 64  # slots that are summed at once
+BLOCK = 64  # rows that a program of the backward holds at once
+SLOT_BLOCK = 128  # slots that are summed at once
+ATTENTION_BLOCK = 256  # rows whose attention a program writes at once
+SUM_COLUMNS = 32  # columns of z that a program sums
+
+
+class PoolLayout(NamedTuple):
+    """How the pool is cut into programs."""
+
+    n_slots: int  # about
+    rows: int  # that a program holds at once
+    columns: int  # that a program holds
 
 
 def masked_attention_pool(
@@ -35,15 +53,17 @@ def branch_pool_op(
     pooled, attention, gram = _empty_outputs(hidden, scores, offsets)
     (n_bags, n_branches, n_hidden), n_rows = pooled.shape, hidden.shape[0]
     stats = torch.empty((n_bags, n_branches, 2), dtype=torch.float32, device=hidden.device)
-    n_slots, columns = pool_slots(n_rows, n_hidden, hidden.device)
-    partials = new_partials(n_slots + n_bags, n_branches, n_hidden, hidden.device)
-    launch_pool(hidden, scores, keep, partials, offsets, n_slots, columns)
-    shared = {"K": n_branches, "BK": BRANCH_BLOCK, "BN": BLOCK, "PACKED": offsets is not None}
-    combine_kernel[(n_bags * n_branches * ceil_div(n_hidden, 64),)](
-        *partials, pooled, stats, gram, offsets, n_rows, n_bags, n_slots, L=n_hidden, BL=64, BS=SLOT_BLOCK, **shared
-    )
+    layout = pool_layout(n_rows, n_hidden, hidden.device)
+    partials = new_partials(layout.n_slots + n_bags, n_branches, n_hidden, hidden.device)
+    launch_pool(hidden, scores, keep, partials, offsets, layout)
+    shared = {"K": n_branches, "BK": BRANCH_BLOCK, "PACKED": offsets is not None, **chained(hidden.device)}
+    combine_kernel[(n_bags * n_branches * ceil_div(n_hidden, SUM_COLUMNS),)](
+        *partials, pooled, stats, gram, offsets, n_rows, n_bags, layout.n_slots,
+        L=n_hidden, BN=layout.rows, BL=SUM_COLUMNS, BS=SLOT_BLOCK, **shared,
+    )  # fmt: skip
+    n_slots = max(1, min(2 * n_processors(hidden.device), ceil_div(n_rows, ATTENTION_BLOCK)))
     attention_kernel[(n_slots + n_bags,)](
-        scores, keep, stats, attention, offsets, n_rows, n_bags, n_slots,
+        scores, keep, stats, attention, offsets, n_rows, n_bags, n_slots, BN=ATTENTION_BLOCK,
         KEEP=keep is not None, SEARCH=search_steps(n_bags), **shared,
     )  # fmt: skip
     return pooled, attention, gram
@@ -63,11 +83,12 @@ def _empty_outputs(hidden: Tensor, scores: Tensor, offsets: Tensor | None) -> tu
     )
 
 
-def pool_slots(n_rows: int, n_hidden: int, device: torch.device) -> tuple[int, int]:
-    """About how many slots the rows are cut into, and the columns of a program, so that all processors work."""
-    columns = min(128, power_of_2_at_least(n_hidden))
-    programs = 2 * n_processors(device)
-    return max(1, min(programs // ceil_div(n_hidden, columns), ceil_div(n_rows, BLOCK))), columns
+def pool_layout(n_rows: int, n_hidden: int, device: torch.device) -> PoolLayout:
+    """Slots for all processors, few enough to be summed at once; whole rows of H in each, where they are short."""
+    columns = next((c for c in (512, 256, 128) if n_hidden % c == 0), min(128, power_of_2_at_least(n_hidden)))
+    most = max(1, min(SLOT_BLOCK, n_processors(device)) // ceil_div(n_hidden, columns))
+    rows = 32 if n_rows >= 32 * most else 16
+    return PoolLayout(min(most, ceil_div(n_rows, rows)), rows, columns)
 
 
 def new_partials(n_slots: int, n_branches: int, n_hidden: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,18 +104,17 @@ def launch_pool(
     keep: Tensor | None,
     partials: tuple[Tensor, Tensor, Tensor],
     offsets: Tensor | None,
-    n_slots: int,
-    columns: int,
+    layout: PoolLayout,
 ) -> None:
     """Write the partial sums of every slot."""
     (n_rows, n_hidden), n_branches, half = hidden.shape, scores.shape[0], hidden.dtype != torch.float32
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
-    programs = (n_slots if offsets is None else n_slots + n_bags) * ceil_div(n_hidden, columns)
+    programs = (layout.n_slots if offsets is None else layout.n_slots + n_bags) * ceil_div(n_hidden, layout.columns)
     pool_kernel[(programs,)](
-        hidden, scores, keep, *partials, offsets, n_rows, n_bags, n_slots, scores.stride(0),
-        L=n_hidden, K=n_branches, BN=BLOCK, BL=columns, BK=BRANCH_BLOCK, KEEP=keep is not None,
+        hidden, scores, keep, *partials, offsets, n_rows, n_bags, layout.n_slots, scores.stride(0),
+        L=n_hidden, K=n_branches, BN=layout.rows, BL=layout.columns, BK=BRANCH_BLOCK, KEEP=keep is not None,
         PACKED=offsets is not None, SEARCH=search_steps(n_bags), PRECISION=dot_precision(hidden.dtype),
-        num_warps=4, num_stages=3 if half else 2,
+        num_warps=8 if layout.columns > 128 else 4, num_stages=4 if half else 2, **chained(hidden.device),
     )  # fmt: skip
 
 
@@ -118,6 +138,7 @@ def branch_pool_backward_op(
     d_hidden, d_scores = torch.empty_like(hidden), torch.empty_like(attention)
     shared = {
         "K": n_branches, "BK": BRANCH_BLOCK, "BN": BLOCK, "PACKED": offsets is not None, "SEARCH": search_steps(n_bags),
+        **chained(hidden.device),
     }  # fmt: skip
     n_slots = max(1, min(2 * n_processors(hidden.device), ceil_div(n_rows, BLOCK)))
     dots = None

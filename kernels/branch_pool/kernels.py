@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from acmil.kernels.products import dot_of_pairs, dot_with_float32, wait_for_previous
 from acmil.kernels.slots import find_slot, hold_within, slot_size, slots_of_bag, used_rows
 
 
@@ -12,12 +13,13 @@ def pool_kernel(
     hidden_ptr, scores_ptr, keep_ptr, parts_ptr, stats_ptr, grams_ptr, offsets_ptr,
     n_rows, n_bags, n_slots, score_stride,
     L: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    PACKED: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Σ_n e^(S − m) H, Σ_n e^(S − m) and Σ_n e^(S_k − m_k) e^(S_j − m_j) of one slot, with m its own maximum.
 
     A program has BL columns of H; the sums without H are written by the first of a slot's programs.
     """
+    wait_for_previous(CHAINED)
     n_chunks: tl.constexpr = (L + BL - 1) // BL
     slot = tl.program_id(0) // n_chunks
     chunk = tl.program_id(0) % n_chunks
@@ -29,31 +31,31 @@ def pool_kernel(
         column = chunk * BL + tl.arange(0, BL)
         row = tl.arange(0, BN)
         branch_fits = branch < K
-        score_at = hold_within(branch, K, BK).to(tl.int64)[:, None] * score_stride + row[None, :]
+        score_at = hold_within(branch, K, BK).to(tl.int64)[None, :] * score_stride + row[:, None]
         hidden_column = hold_within(column, L, BL)[None, :]
         maximum = tl.full((BK,), float("-inf"), tl.float32)
         total = tl.zeros((BK,), tl.float32)
-        acc = tl.zeros((BK, BL), tl.float32)
+        acc = tl.zeros((BL, BK), tl.float32)  # the columns of H are the long side of the product
         gram = tl.zeros((BK, BK), tl.float32)
         for n in range(first, end, BN):
-            fits = (branch_fits[:, None]) & (row < end - n)[None, :]
+            fits = (row < end - n)[:, None] & branch_fits[None, :]
             scores = tl.load(scores_ptr + n + score_at, mask=fits, other=float("-inf"))
             if KEEP:
                 kept = tl.load(keep_ptr + n + score_at, mask=fits, other=0)
                 scores = tl.where(kept != 0, scores, float("-inf"))
-            higher = tl.maximum(maximum, tl.max(scores, axis=1))
-            finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing kept so far: e^(-inf − 0) is 0, not NaN
-            scale = tl.exp(maximum - finite)
-            share = tl.exp(scores - finite[:, None])  # (BK, BN)
             held = tl.minimum(row, end - n - 1)[:, None] * L
             hidden = tl.load(hidden_ptr + tl.cast(n, tl.int64) * L + held + hidden_column)  # (BN, BL)
-            total = total * scale + tl.sum(share, axis=1)
-            acc = tl.dot(share.to(hidden.dtype), hidden, acc * scale[:, None], input_precision=PRECISION)
+            higher = tl.maximum(maximum, tl.max(scores, axis=0))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing kept so far: e^(-inf − 0) is 0, not NaN
+            scale = tl.exp(maximum - finite)
+            share = tl.exp(scores - finite[None, :])  # (BN, BK)
+            total = total * scale + tl.sum(share, axis=0)
+            acc = tl.dot(tl.trans(hidden), share.to(hidden.dtype), acc * scale[None, :], input_precision=PRECISION)
             gram = gram * (scale[:, None] * scale[None, :])
-            gram = tl.dot(share, tl.trans(share), gram, input_precision="ieee")
+            gram = dot_of_pairs(tl.trans(share), share, gram, PRECISION)
             maximum = higher
-        part_at = (slot.to(tl.int64) * K + branch[:, None]) * L + column[None, :]
-        tl.store(parts_ptr + part_at, acc, mask=branch_fits[:, None] & (column < L)[None, :])
+        part_at = (slot.to(tl.int64) * K + branch[None, :]) * L + column[:, None]
+        tl.store(parts_ptr + part_at, acc, mask=branch_fits[None, :] & (column < L)[:, None])
         if chunk == 0:
             stats_at = (slot * K + branch) * 2
             tl.store(stats_ptr + stats_at, maximum, mask=branch_fits)
@@ -71,27 +73,30 @@ def combine_branch(
     branch = tl.arange(0, BK)
     branch_fits = branch < K
     maximum = tl.full((BK,), float("-inf"), tl.float32)
-    for s in range(0, count, BS):
-        slot = s + tl.arange(0, BS)
-        fits = (slot < count)[:, None] & branch_fits[None, :]
-        at = ((first_slot + slot)[:, None] * K + branch[None, :]) * 2
-        maximum = tl.maximum(maximum, tl.max(tl.load(stats_ptr + at, mask=fits, other=float("-inf")), axis=0))
-    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros((BK,), tl.float32)
     gram = tl.zeros((BK,), tl.float32)
     z = tl.zeros((BL,), tl.float32)
     for s in range(0, count, BS):
-        slot = s + tl.arange(0, BS)
-        fits = (slot < count)[:, None] & branch_fits[None, :]
-        row = (first_slot + slot)[:, None] * K + branch[None, :]
-        weight = tl.exp(tl.load(stats_ptr + row * 2, mask=fits, other=float("-inf")) - maximum[None, :])  # (BS, BK)
-        total += tl.sum(weight * tl.load(stats_ptr + row * 2 + 1, mask=fits, other=0.0), axis=0)
+        slot = first_slot + s + tl.arange(0, BS)
+        slot_fits = slot < first_slot + count
+        fits = slot_fits[:, None] & branch_fits[None, :]
+        row = slot[:, None] * K + branch[None, :]
+        slot_maximum = tl.load(stats_ptr + row * 2, mask=fits, other=float("-inf"))  # (BS, BK)
+        slot_total = tl.load(stats_ptr + row * 2 + 1, mask=fits, other=0.0)
+        slot_gram = tl.load(grams_ptr + (slot[:, None] * K + k) * K + branch[None, :], mask=fits, other=0.0)
+        part_at = (slot.to(tl.int64)[:, None] * K + k) * L + column[None, :]
+        part = tl.load(parts_ptr + part_at, mask=slot_fits[:, None] & (column < L)[None, :], other=0.0)
+        higher = tl.maximum(maximum, tl.max(slot_maximum, axis=0))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        scale = tl.exp(maximum - finite)
+        own_scale = tl.sum(tl.where(branch == k, scale, 0.0), axis=0)
+        weight = tl.exp(slot_maximum - finite[None, :])
         own = tl.sum(tl.where(branch[None, :] == k, weight, 0.0), axis=1)  # (BS,)
-        pair_at = ((first_slot + slot)[:, None] * K + k) * K + branch[None, :]
-        gram += tl.sum(own[:, None] * weight * tl.load(grams_ptr + pair_at, mask=fits, other=0.0), axis=0)
-        part_at = ((first_slot + slot).to(tl.int64)[:, None] * K + k) * L + column[None, :]
-        part_fits = (slot < count)[:, None] & (column < L)[None, :]
-        z += tl.sum(own[:, None] * tl.load(parts_ptr + part_at, mask=part_fits, other=0.0), axis=0)
+        total = total * scale + tl.sum(weight * slot_total, axis=0)
+        gram = gram * scale * own_scale + tl.sum(own[:, None] * weight * slot_gram, axis=0)
+        z = z * own_scale + tl.sum(own[:, None] * part, axis=0)
+        maximum = higher
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)  # (BK,)
     own_inverse = tl.sum(tl.where(branch == k, inverse, 0.0), axis=0)
     own_maximum = tl.sum(tl.where(branch == k, maximum, 0.0), axis=0)
@@ -102,9 +107,10 @@ def combine_branch(
 def combine_kernel(
     parts_ptr, slot_stats_ptr, grams_ptr, pooled_ptr, stats_ptr, gram_ptr, offsets_ptr, n_rows, n_bags, n_slots,
     L: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum up z (B, K, L), maxima and inverse sums (B, K, 2) and G (B, K, K): a branch's BL columns a program."""
+    wait_for_previous(CHAINED)
     n_chunks: tl.constexpr = (L + BL - 1) // BL
     bag = tl.program_id(0) // (K * n_chunks)
     k = tl.program_id(0) // n_chunks % K
@@ -128,8 +134,10 @@ def combine_kernel(
 def attention_kernel(
     scores_ptr, keep_ptr, stats_ptr, attention_ptr, offsets_ptr, n_rows, n_bags, n_slots,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """P = e^(S − m) / Σ e^(S − m) of one slot, exactly 0 where an instance is not kept."""
+    wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     size = slot_size(used, n_slots, BN)
     bag, first, end = find_slot(tl.program_id(0), size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
@@ -154,8 +162,10 @@ def attention_kernel(
 def dots_kernel(
     attention_ptr, d_attention_ptr, dots_ptr, offsets_ptr, n_rows, n_bags, n_slots,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Σ_n P dP over one slot, (slots, K), for the part of dP that comes from outside."""
+    wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     size = slot_size(used, n_slots, BN)
     _, first, end = find_slot(tl.program_id(0), size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
@@ -178,9 +188,10 @@ def pool_backward_kernel(
     d_hidden_ptr, d_scores_ptr, offsets_ptr, n_rows, n_bags, n_slots,
     L: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
     D_POOLED: tl.constexpr, D_ATTENTION: tl.constexpr, D_GRAM: tl.constexpr, PACKED: tl.constexpr,
-    SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    SEARCH: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The gradients dH = Pᵀ dz and dS = P ⊙ (dP − Σ_n P dP) of one slot."""
+    wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     size = slot_size(used, n_slots, BN)
     bag, first, end = find_slot(tl.program_id(0), size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
@@ -204,7 +215,7 @@ def pool_backward_kernel(
                 d_z = tl.load(d_pooled_ptr + z_at, mask=z_fits, other=0.0).to(tl.float32)
                 z = tl.load(pooled_ptr + z_at, mask=z_fits, other=0.0)
                 hidden = tl.load(hidden_ptr + tl.cast(n, tl.int64) * L + held + hold_within(column, L, BL)[None, :])
-                d_attention = tl.dot(hidden, d_z.to(hidden.dtype), d_attention, input_precision=PRECISION)
+                d_attention = dot_with_float32(hidden, d_z, d_attention, PRECISION)
                 correction += tl.sum(d_z * z, axis=0)
         if D_GRAM:
             pair_fits = branch_fits[:, None] & branch_fits[None, :]
@@ -212,7 +223,7 @@ def pool_backward_kernel(
             swapped_at = bag * K * K + branch[None, :] * K + branch[:, None]
             d_pairs = tl.load(d_gram_ptr + pair_at, mask=pair_fits, other=0.0)
             d_pairs += tl.load(d_gram_ptr + swapped_at, mask=pair_fits, other=0.0)
-            d_attention = tl.dot(attention, d_pairs, d_attention, input_precision="ieee")
+            d_attention = dot_of_pairs(attention, d_pairs, d_attention, PRECISION)
             # Both are symmetric, so the sum over rows is that over columns.
             correction += tl.sum(d_pairs * tl.load(gram_ptr + pair_at, mask=pair_fits, other=0.0), axis=0)
         if D_ATTENTION:

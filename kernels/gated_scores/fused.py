@@ -1,4 +1,4 @@
-"""Gated-attention scores by fused kernels: two launches forward, three backward, registered with torch.library."""
+"""Gated-attention scores by fused kernels: two launches forward, four backward, registered with torch.library."""
 
 from typing import Any
 
@@ -11,13 +11,15 @@ from acmil.kernels.gated_scores.launches import (
     Rows,
     Weights,
     choose_tiles,
+    gate_backward_programs,
     launch_gate,
+    launch_gate_backward,
     launch_reduce,
-    launch_rows_backward,
+    launch_reduction_backward,
     launch_weight_gradient,
     weight_gradient_splits,
 )
-from acmil.kernels.launch import ceil_div, check_operands, power_of_2_at_least
+from acmil.kernels.launch import ceil_div, chained, check_operands, power_of_2_at_least
 
 _WEIGHT_NAMES = ("reduction_weight", "v_weight", "v_bias", "u_weight", "u_bias", "score_weight", "score_bias")
 
@@ -92,13 +94,16 @@ def gated_scores_backward_op(
     device = features.device
     tiles = choose_tiles(rows.n_rows, n_hidden, n_gate, features.dtype, device)
     d_reduced, d_gate = torch.empty_like(hidden), torch.empty_like(gate)
-    n_blocks = ceil_div(rows.n_rows, tiles.rows_backward.rows)
+    n_programs = gate_backward_programs(rows.n_rows, tiles.gate_backward, device)
     n_small = 2 * n_gate + n_branches * (n_gate + 1)
-    small = torch.empty((n_blocks, n_small), dtype=torch.float32, device=device)
-    launch_rows_backward(
-        hidden, gate, weights, d_reduced, d_gate, small, rows, tiles.rows_backward,
-        d_hidden=None if d_hidden is None else d_hidden.contiguous(),
+    small = torch.empty((n_programs, n_small), dtype=torch.float32, device=device)
+    launch_gate_backward(
+        hidden, gate, weights, d_gate, small, rows, tiles.gate_backward,
         d_scores=None if d_scores is None else d_scores.contiguous(),
+    )  # fmt: skip
+    launch_reduction_backward(
+        hidden, d_gate, torch.cat((weights.v, weights.u)), d_reduced, rows, tiles.reduction_backward,
+        d_hidden=None if d_hidden is None else d_hidden.contiguous(),
     )  # fmt: skip
     _, splits = weight_gradient_splits(rows.n_rows, n_features, n_hidden, n_gate, tiles.weight_gradient, device)
     n_large = n_hidden * n_features + 2 * n_gate * n_hidden
@@ -108,8 +113,9 @@ def gated_scores_backward_op(
     block, small_block = 512, 16
     n_large_blocks = ceil_div(n_large, block)
     sum_partials_kernel[(n_large_blocks + ceil_div(n_small, small_block),)](
-        large, small, gradients, rows.n_rows, n_large, n_small, splits, n_blocks, n_large_blocks,
+        large, small, gradients, rows.n_rows, n_large, n_small, splits, n_programs, n_large_blocks,
         BC=block, BS=small_block, BP=power_of_2_at_least(splits, least=1), LEAST=LEAST_SPLIT_ROWS, num_warps=4,
+        **chained(device),
     )  # fmt: skip
     return gradients, d_reduced
 

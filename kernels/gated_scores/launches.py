@@ -1,13 +1,26 @@
 """Launches of the gated-score kernels over buffers that the caller gives: an operator's, or a training step's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from acmil.kernels.gated_scores.backward_kernels import rows_backward_kernel, weight_gradient_kernel
+from acmil.kernels.gated_scores.backward_kernels import (
+    gate_backward_kernel,
+    reduction_backward_kernel,
+    weight_gradient_kernel,
+)
 from acmil.kernels.gated_scores.forward_kernels import gate_kernel, reduce_kernel
-from acmil.kernels.launch import BRANCH_BLOCK, ceil_div, dot_precision, n_processors, power_of_2_at_least
+from acmil.kernels.launch import (
+    BRANCH_BLOCK,
+    ceil_div,
+    chained,
+    dot_precision,
+    may_approximate,
+    n_processors,
+    power_of_2_at_least,
+)
 
 LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partial sum
 
@@ -54,7 +67,7 @@ class PoolGradients(NamedTuple):
 
     scores: Tensor  # (K, ΣN) float32
     stats: Tensor  # (K, 2) float32: maximum, and the inverse of the sum of exponentials
-    d_pooled: Tensor  # (K, L) float32
+    d_pooled: Tensor  # (terms · 16, L) in the features' type: dz, for half types and what is left of it by rounding
     d_pairs: Tensor | None  # (K, K) float32: dG + dGᵀ of the Gram matrix
     correction: Tensor  # (K,) float32: Σ_n P dP
 
@@ -64,27 +77,30 @@ class Tiles(NamedTuple):
 
     reduce: Tile
     gate: Tile
-    rows_backward: Tile
+    gate_backward: Tile
+    reduction_backward: Tile
     weight_gradient: Tile
 
 
 def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Block sizes for a size of bag."""
-    processors = n_processors(device)
+    processors, whole_gate = n_processors(device), power_of_2_at_least(n_gate)
     if dtype == torch.float32:
         narrow = min(64, power_of_2_at_least(n_hidden))
         return Tiles(
             reduce=Tile(64, narrow, 32, 4, 3, 2),
-            gate=Tile(64, power_of_2_at_least(n_gate), 32, 8, 2, 1),
-            rows_backward=Tile(32, 32, 32, 4, 2, 2),
+            gate=Tile(64, whole_gate, 32, 8, 2, 1),
+            gate_backward=Tile(16 if n_gate > 128 else 32, whole_gate, 32, 8, 2, 1),
+            reduction_backward=Tile(64, narrow, 32, 4, 3, 2),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
     long = n_rows >= 128 * processors
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
-        gate=Tile(128 if long and n_gate <= 128 else 64, power_of_2_at_least(n_gate), 64, 8, 3, 1),
-        rows_backward=Tile(128, 128, 64, 8, 2, 1) if long else Tile(64, 128, 64, 4, 2, 2),
-        weight_gradient=Tile(128, 128, 64, 8, 3, 2),
+        gate=Tile(128 if long and n_gate <= 128 else 64, whole_gate, 64, 8, 3, 1),
+        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2),
+        reduction_backward=Tile(64, 128, 64, 4, 3, 2),
+        weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
 
 
@@ -93,8 +109,8 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
     best, best_worth = None, 0.0
     for tile, speed in (
         (Tile(128, 256, 64, 8, 3, 1), 1.0),
-        (Tile(128, 128, 64, 8, 3, 2), 0.9),
-        (Tile(64, 128, 64, 4, 3, 2), 0.75),
+        (Tile(128, 128, 64, 4, 4, 1), 0.95),
+        (Tile(64, 128, 64, 4, 4, 2), 0.75),
         (Tile(64, 64, 64, 4, 4, 2), 0.55),
     ):
         n_tiles = ceil_div(n_rows, tile.rows) * ceil_div(n_columns, tile.columns)
@@ -106,58 +122,115 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
     return best
 
 
+def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
+    """A program for each block of work, or as many as the GPU holds at once, which then walk over the blocks."""
+    return (min(n_programs, tile.programs * n_processors(device)),)
+
+
+def _options(tensor: Tensor, tile: Tile, *, fast: bool = False) -> dict[str, object]:
+    """What every launch is told besides its operands; `fast`: the kernel has functions that may be approximated."""
+    options = {"FAST": may_approximate(tensor.dtype, tensor.device)} if fast else {}
+    options |= {"PRECISION": dot_precision(tensor.dtype), **chained(tensor.device)}
+    return {**options, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
 def launch_reduce(features: Tensor, weight: Tensor, hidden: Tensor, rows: Rows, tile: Tile) -> None:
-    """Write H = relu(X W1ᵀ)."""
+    """Write H = relu(X W1ᵀ); rows of `hidden` behind the last one used may be overwritten, up to a whole tile."""
     n_hidden, n_features = weight.shape
     n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
-    reduce_kernel[(min(n_tiles, tile.programs * n_processors(hidden.device)),)](
-        features, weight, hidden, rows.x_first, rows.offsets, rows.n_rows, 1,
+    reduce_kernel[_grid(n_tiles, tile, hidden.device)](
+        TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns]),
+        rows.x_first, rows.offsets, rows.n_rows, 1,
         D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, WINDOW=rows.x_first is not None,
-        PACKED=rows.offsets is not None, PRECISION=dot_precision(hidden.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip
 
 
 def launch_gate(hidden: Tensor, weights: Weights, scores: Tensor, gate: Tensor | None, rows: Rows, tile: Tile) -> None:
     """Write the scores (K, ΣN) and, where there is a place for them, the arguments of the gate (ΣN, 2A)."""
     n_branches, n_gate = weights.score.shape
-    n_blocks = ceil_div(rows.n_rows, tile.rows)
-    gate_kernel[(min(n_blocks, tile.programs * n_processors(hidden.device)),)](
+    gate_kernel[_grid(ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
         hidden, *weights[1:], scores, gate, rows.offsets, rows.n_rows, 1, scores.stride(0),
         L=hidden.shape[1], A=n_gate, K=n_branches, BN=tile.rows, BL=tile.depth, BA=tile.columns, BK=BRANCH_BLOCK,
-        SAVE_GATE=gate is not None, PACKED=rows.offsets is not None, PRECISION=dot_precision(hidden.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        SAVE_GATE=gate is not None, PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
     )  # fmt: skip
 
 
-def launch_rows_backward(
+def gate_backward_programs(n_rows: int, tile: Tile, device: torch.device) -> int:
+    """How many programs the backward of the gate has: each leaves one share of the gradients of biases and w."""
+    return _grid(ceil_div(n_rows, tile.rows), tile, device)[0]
+
+
+def launch_gate_backward(
     hidden: Tensor,
     gate: Tensor,
     weights: Weights,
-    d_reduced: Tensor,
     d_gate: Tensor,
     small: Tensor,
     rows: Rows,
     tile: Tile,
     *,
-    d_hidden: Tensor | None = None,
     d_scores: Tensor | None = None,
     pool: PoolGradients | None = None,
 ) -> None:
-    """Write d(X W1ᵀ) (ΣN, L), the gradients of the gate's arguments (ΣN, 2A) and, block by block, partial sums.
+    """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
 
     `d_gate` may be `gate` itself.
     """
     n_branches, n_gate = weights.score.shape
     strided = d_scores if pool is None else pool.scores
-    n_blocks = ceil_div(rows.n_rows, tile.rows)
-    rows_backward_kernel[(min(n_blocks, tile.programs * n_processors(hidden.device)),)](
-        hidden, gate, weights.v, weights.u, weights.score, d_hidden, d_scores, *((None,) * 5 if pool is None else pool),
-        d_reduced, d_gate, small, rows.offsets, rows.n_rows, 1, 0 if strided is None else strided.stride(0),
-        L=hidden.shape[1], A=n_gate, K=n_branches, BN=tile.rows, BL=tile.columns, BD=tile.depth,
-        BK=BRANCH_BLOCK, D_HIDDEN=d_hidden is not None, D_SCORES=d_scores is not None, POOL=pool is not None,
+    described: tuple[Any, ...] = (None,) * 5
+    hidden_blocks, terms = None, 1
+    if pool is not None:
+        terms = pool.d_pooled.shape[0] // BRANCH_BLOCK
+        hidden_blocks = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+        d_pooled = TensorDescriptor.from_tensor(pool.d_pooled, [terms * BRANCH_BLOCK, tile.depth])
+        described = pool._replace(d_pooled=d_pooled)
+    gate_backward_kernel[(gate_backward_programs(rows.n_rows, tile, hidden.device),)](
+        hidden_blocks, gate, weights.score, d_scores, *described, d_gate, small,
+        rows.offsets, rows.n_rows, 1, 0 if strided is None else strided.stride(0),
+        L=hidden.shape[1], A=n_gate, K=n_branches, BN=tile.rows, BA=tile.columns, BD=tile.depth, BK=BRANCH_BLOCK,
+        TERMS=terms, D_SCORES=d_scores is not None, POOL=pool is not None,
         PAIRS=pool is not None and pool.d_pairs is not None, PACKED=rows.offsets is not None,
-        PRECISION=dot_precision(hidden.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        **_options(hidden, tile, fast=True),
+    )  # fmt: skip
+
+
+def launch_reduction_backward(
+    hidden: Tensor,
+    d_gate: Tensor,
+    gate_weight: Tensor,
+    d_reduced: Tensor,
+    rows: Rows,
+    tile: Tile,
+    *,
+    d_hidden: Tensor | None = None,
+    pool: PoolGradients | None = None,
+) -> None:
+    """Write d(X W1ᵀ) (ΣN, L) from the gradients of the gate's arguments, and of H or what it was pooled into.
+
+    `gate_weight` is `[V; U]`, (2A, L). Rows of `d_reduced` behind the last one used may be overwritten.
+    """
+    n_gates, n_hidden = gate_weight.shape
+    n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
+    block = [tile.rows, tile.columns]
+    described: tuple[Any, ...] = (None,) * 3
+    if pool is not None:
+        d_pooled = TensorDescriptor.from_tensor(pool.d_pooled, [BRANCH_BLOCK, tile.columns])
+        described = (pool.scores, pool.stats, d_pooled)
+    reduction_backward_kernel[_grid(n_tiles, tile, hidden.device)](
+        TensorDescriptor.from_tensor(hidden, block),
+        TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
+        TensorDescriptor.from_tensor(d_reduced, block),
+        d_hidden, *described, rows.offsets, rows.n_rows, 1,
+        0 if pool is None else pool.scores.stride(0),
+        L=n_hidden, A=n_gates // 2, K=1 if pool is None else pool.scores.shape[0],
+        BN=tile.rows, BL=tile.columns, BD=tile.depth, BK=BRANCH_BLOCK,
+        D_HIDDEN=d_hidden is not None, POOL=pool is not None, PACKED=rows.offsets is not None,
+        **_options(hidden, tile),
     )  # fmt: skip
 
 
@@ -177,9 +250,11 @@ def launch_weight_gradient(
     """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32."""
     n_features, n_hidden, gates = features.shape[1], hidden.shape[1], d_gate.shape[1]
     tiles, _ = weight_gradient_splits(rows.n_rows, n_features, n_hidden, gates // 2, tile, hidden.device)
+    left, right = [tile.depth, tile.rows], [tile.depth, tile.columns]
     weight_gradient_kernel[(tiles * large.shape[0],)](
+        TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),
+        TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right),
         d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
         D=n_features, L=n_hidden, G=gates, BM=tile.rows, BC=tile.columns, BN=tile.depth, LEAST=LEAST_SPLIT_ROWS,
-        WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None, PRECISION=dot_precision(hidden.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip

@@ -5,11 +5,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from acmil.kernels.launch import ceil_div, power_of_2_at_least, search_steps
+from acmil.kernels.launch import ceil_div, chained, power_of_2_at_least, search_steps
 from acmil.kernels.top_k_masking.counts import share_of_pool
 from acmil.kernels.top_k_masking.kernels import mask_kernel
 
-BLOCK = 2048  # scores that a program holds at once
+BLOCK = 1024  # scores that a program holds at once, or twice as many in a long bag
+MOST_SLOTS = 64  # whose picks are merged in one go
 
 
 def stochastic_top_k_mask(
@@ -39,9 +40,14 @@ def _(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offsets: Tensor | 
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-def new_picks(n_lines: int, n_rows: int, n_bags: int, top_k: int, device: torch.device, block: int = BLOCK) -> Tensor:
+def block_size(n_rows: int) -> int:
+    """Scores that a program holds at once."""
+    return BLOCK if n_rows <= MOST_SLOTS * BLOCK else 2 * BLOCK
+
+
+def new_picks(n_lines: int, n_rows: int, n_bags: int, top_k: int, device: torch.device) -> Tensor:
     """Room for each slot's highest scores, (R, slots, n) int64 keys."""
-    n_slots = ceil_div(n_rows, block) + n_bags
+    n_slots = ceil_div(n_rows, block_size(n_rows)) + n_bags
     return torch.empty((n_lines, n_slots, power_of_2_at_least(top_k)), dtype=torch.int64, device=device)
 
 
@@ -61,7 +67,6 @@ def launch_mask(
     step: Tensor,
     top_k: int,
     offsets: Tensor | None,
-    block: int = BLOCK,
 ) -> None:
     """Mask scores (R, ΣN) float32 of packed bags: in `keep`, or in place as -inf.
 
@@ -75,13 +80,13 @@ def launch_mask(
         step: (1,) int64.
         top_k: Size of the pool.
         offsets: (B+1,) int64, or None for one bag.
-        block: Scores that a program holds at once.
     """
     n_lines, n_rows = scores.shape
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
+    block = block_size(n_rows)
     n_slots = ceil_div(n_rows, block)
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
         scores, keep, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, scores.stride(0), top_k,
         BN=block, BP=power_of_2_at_least(top_k), KEEP=keep is not None, PACKED=offsets is not None,
-        SEARCH=search_steps(n_bags), num_warps=8,
+        SEARCH=search_steps(n_bags), num_warps=8, **chained(scores.device),
     )  # fmt: skip

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from acmil.kernels.products import wait_for_previous
 from acmil.kernels.slots import find_slot, slot_size, slots_of_bag, used_rows
 
 NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
@@ -16,6 +17,18 @@ def score_keys(scores, rows, fits):
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)
     return tl.where(fits, keys, NO_KEY)
+
+
+@triton.jit
+def find_top(keys, n_top, BP: tl.constexpr):
+    """The `n_top` highest of `keys`, falling, (BP,); what is left over is NO_KEY."""
+    place = tl.arange(0, BP)
+    picks = tl.full((BP,), NO_KEY, tl.int64)
+    for i in range(0, n_top):
+        highest = tl.max(keys, axis=0)
+        keys = tl.where(keys == highest, NO_KEY, keys)
+        picks = tl.where(place == i, highest, picks)
+    return picks
 
 
 @triton.jit
@@ -49,12 +62,14 @@ def mask_kernel(
     scores_ptr, keep_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
     n_rows, n_bags, n_slots, score_stride, top_k,
     BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
 
     With KEEP a mask is written, (R, ΣN) bytes; otherwise masked scores become -inf in place, where a softmax gives them
     exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked.
     """
+    wait_for_previous(CHAINED)
     line = tl.program_id(0)
     slot = tl.program_id(1)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
@@ -63,14 +78,12 @@ def mask_kernel(
     place = tl.arange(0, BP)
     if first < end:
         line_ptr = scores_ptr + line.to(tl.int64) * score_stride
-        picks = tl.full((BP,), NO_KEY, tl.int64)
-        for n in range(first, end, BN):
-            rows = n + tl.arange(0, BN)
-            fits = rows < end
-            keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), rows, fits)
-            picks = merge_top(picks, keys, top_k, BP)
-            if KEEP:
-                tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
+        rows = first + tl.arange(0, BN)  # a slot is one block: there are as many as the rows can fill
+        fits = rows < end
+        keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), rows, fits)
+        picks = find_top(keys, top_k, BP)
+        if KEEP:
+            tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
         first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
         if PACKED:
             length = (tl.load(offsets_ptr + bag + 1) - tl.load(offsets_ptr + bag)).to(tl.int32)
@@ -83,17 +96,19 @@ def mask_kernel(
         last = tl.atomic_add(arrived_ptr + line * n_bags + bag, 1, sem="acq_rel", scope="gpu") == count - 1
         if last:
             if count > 1:
-                picks = tl.full((BP,), NO_KEY, tl.int64)
-                for n in range(0, count * BP, BN):
+                at = tl.arange(0, BN)
+                keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
+                picks = find_top(keys, top_k, BP)
+                for n in range(BN, count * BP, BN):
                     at = n + tl.arange(0, BN)
                     keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
                     picks = merge_top(picks, keys, top_k, BP)
             n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length))
             n_drop = tl.minimum(n_drop, length - 1)
             masked = draw_masked(picks, n_drop, tl.load(seed_ptr), tl.load(step_ptr), line * n_bags + bag, BP)
-            rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
+            masked_rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
             if KEEP:
-                tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.zeros((BP,), tl.int8), mask=masked)
+                tl.store(keep_ptr + line.to(tl.int64) * n_rows + masked_rows, tl.zeros((BP,), tl.int8), mask=masked)
             else:
-                tl.store(line_ptr + rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
+                tl.store(line_ptr + masked_rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
             tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch

@@ -1,11 +1,18 @@
-"""A whole training step on static buffers: eight launches, no autograd, nothing read back to the host."""
+"""A whole training step on static buffers: nine launches, no autograd, nothing read back to the host."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from acmil.kernels.branch_pool.fused import BLOCK, SLOT_BLOCK, launch_pool, new_partials, pool_slots
+from acmil.kernels.branch_pool.fused import (
+    SLOT_BLOCK,
+    SUM_COLUMNS,
+    PoolLayout,
+    launch_pool,
+    new_partials,
+    pool_layout,
+)
 from acmil.kernels.gated_scores.launches import (
     LEAST_SPLIT_ROWS,
     PoolGradients,
@@ -13,13 +20,15 @@ from acmil.kernels.gated_scores.launches import (
     Tiles,
     Weights,
     choose_tiles,
+    gate_backward_programs,
     launch_gate,
+    launch_gate_backward,
     launch_reduce,
-    launch_rows_backward,
+    launch_reduction_backward,
     launch_weight_gradient,
     weight_gradient_splits,
 )
-from acmil.kernels.launch import BRANCH_BLOCK, ceil_div, power_of_2_at_least
+from acmil.kernels.launch import BRANCH_BLOCK, ceil_div, chained, n_processors, power_of_2_at_least
 from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, new_picks
 from acmil.kernels.training_step.heads_kernel import heads_kernel
 from acmil.kernels.training_step.parameters import GatedParameters, sizes_of, views_of
@@ -27,7 +36,8 @@ from acmil.kernels.training_step.update_kernel import update_kernel
 
 LOSS_TERMS = ("total", "bag", "branch", "diversity")
 
-_UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 128
+_UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 256
+_LARGEST_TILE = 128  # rows
 
 
 class TrainingStep:
@@ -93,6 +103,7 @@ class TrainingStep:
             working.reduction_weight, working.v_weight, self.parameters.v_bias, working.u_weight,
             self.parameters.u_bias, working.score_weight, self.parameters.score_bias,
         )  # fmt: skip
+        self.gate_weight = self.work[sizes.hidden * sizes.features : sizes.n_large].view(2 * sizes.gate, sizes.hidden)
         positions = labels.numel() if positions is None else positions
         self.cursor = torch.zeros(6, dtype=torch.int64, device=device)
         self.order = torch.zeros(positions, dtype=torch.int64, device=device)
@@ -105,23 +116,24 @@ class TrainingStep:
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Scratch for the longest bag."""
-        s, n_rows = self.sizes, ceil_div(self.longest, 64) * 64
+        s, n_rows = self.sizes, ceil_div(self.longest, _LARGEST_TILE) * _LARGEST_TILE
         self.hidden = torch.empty((n_rows, s.hidden), dtype=dtype, device=device)
         self.d_reduced = torch.empty_like(self.hidden)
         self.gate = torch.empty((n_rows, 2 * s.gate), dtype=dtype, device=device)
         self.scores = torch.empty((s.branches, n_rows), device=device)
         self.picks = new_picks(s.branches, n_rows, 1, max(self.top_k, 1), device)
         self.arrived = torch.zeros(s.branches + 1, dtype=torch.int32, device=device)
-        self.n_slots, self.pool_columns = pool_slots(n_rows, s.hidden, device)
-        self.partials = new_partials(self.n_slots + 1, s.branches, s.hidden, device)
-        self.pooled, self.d_pooled = torch.empty((2, s.branches, s.hidden), device=device)
+        self.partials = new_partials(SLOT_BLOCK + 1, s.branches, s.hidden, device)
+        self.pooled = torch.empty((s.branches, s.hidden), device=device)
+        self.terms = 1 if dtype == torch.float32 else 2
+        self.d_pooled = torch.empty((self.terms * BRANCH_BLOCK, s.hidden), dtype=dtype, device=device)
         self.stats = torch.empty((s.branches, 2), device=device)
         self.gram, self.d_pairs = torch.empty((2, s.branches, s.branches), device=device)
         self.correction = torch.empty(s.branches, device=device)
         self.d_heads = torch.empty(s.n_heads, device=device)
         self.update = torch.empty(3, device=device)
         self.used = torch.zeros(1, dtype=torch.int32, device=device)
-        self.small = torch.empty((ceil_div(n_rows, 16), s.n_small), device=device)
+        self.small = torch.empty((2 * n_processors(device), s.n_small), device=device)
         self.large = torch.empty(0, device=device)
 
     def schedule(self, order: Tensor, rates: Tensor) -> None:
@@ -158,6 +170,9 @@ class TrainingStep:
         s, rows = self.sizes, Rows(n_rows, offsets=self.cursor[2:4], x_first=self.cursor[1:2])
         if tiles is None:
             tiles = choose_tiles(n_rows, s.hidden, s.gate, self.features.dtype, self.features.device)
+        row_programs = gate_backward_programs(n_rows, tiles.gate_backward, self.features.device)
+        if row_programs > self.small.shape[0]:
+            raise ValueError(f"tiles.gate_backward must have at most 2 programs, got {tiles.gate_backward.programs}.")
         scores = self.scores[:, :n_rows]
         launch_reduce(self.features, self.weights.reduction, self.hidden, rows, tiles.reduce)
         launch_gate(self.hidden, self.weights, scores, self.gate, rows, tiles.gate)
@@ -166,13 +181,18 @@ class TrainingStep:
                 scores, None, self.picks, self.arrived[1:], self.drop, self.seed, self.cursor[5:6], self.top_k,
                 rows.offsets,
             )  # fmt: skip
-        launch_pool(self.hidden[:n_rows], scores, None, self.partials, rows.offsets, self.n_slots, self.pool_columns)
-        self._launch_heads()
-        d_pairs = self.d_pairs if s.branches > 1 else None
-        launch_rows_backward(
-            self.hidden, self.gate, self.weights, self.d_reduced, self.gate, self.small, rows, tiles.rows_backward,
-            pool=PoolGradients(scores, self.stats, self.d_pooled, d_pairs, self.correction),
-        )  # fmt: skip
+        layout = pool_layout(n_rows, s.hidden, self.features.device)
+        launch_pool(self.hidden[:n_rows], scores, None, self.partials, rows.offsets, layout)
+        self._launch_heads(layout)
+        pool = PoolGradients(
+            scores, self.stats, self.d_pooled, self.d_pairs if s.branches > 1 else None, self.correction
+        )
+        launch_gate_backward(
+            self.hidden, self.gate, self.weights, self.gate, self.small, rows, tiles.gate_backward, pool=pool
+        )
+        launch_reduction_backward(
+            self.hidden, self.gate, self.gate_weight, self.d_reduced, rows, tiles.reduction_backward, pool=pool
+        )
         _, splits = weight_gradient_splits(
             n_rows, s.features, s.hidden, s.gate, tiles.weight_gradient, self.features.device
         )
@@ -180,7 +200,7 @@ class TrainingStep:
         launch_weight_gradient(
             self.features, self.hidden, self.d_reduced, self.gate, large, rows, tiles.weight_gradient
         )
-        self._launch_update(large, tiles.rows_backward.rows)
+        self._launch_update(large, row_programs, tiles.gate_backward.rows)
 
     def capture(self, sizes: Sequence[int]) -> "list[torch.cuda.CUDAGraph]":
         """A CUDA graph of one step for each size of bag; the state is left as it was.
@@ -217,19 +237,19 @@ class TrainingStep:
             self.large = torch.empty(wanted, device=self.master.device)
         return self.large[:wanted].view(splits, self.sizes.n_large)
 
-    def _launch_heads(self) -> None:
+    def _launch_heads(self, layout: PoolLayout) -> None:
         s = self.sizes
-        columns = min(64, power_of_2_at_least(s.hidden))
         heads = self.master[s.n_large + s.n_small :]
-        heads_kernel[(s.branches * ceil_div(s.hidden, columns),)](
+        heads_kernel[(s.branches * ceil_div(s.hidden, SUM_COLUMNS),)](
             *self.partials, self.pooled, self.stats, self.gram, self.arrived, heads, self.d_heads, self.d_pooled,
             self.d_pairs, self.correction, self.cursor, self.losses, self.rates, self.powers, self.update, self.used,
-            self.n_slots, self.weight_decay,
-            L=s.hidden, K=s.branches, C=s.classes, BN=BLOCK, BK=BRANCH_BLOCK, BL=columns, BS=SLOT_BLOCK,
+            layout.n_slots, self.weight_decay,
+            L=s.hidden, K=s.branches, C=s.classes, BN=layout.rows, BK=BRANCH_BLOCK, BL=SUM_COLUMNS, BS=SLOT_BLOCK,
             WHOLE_L=power_of_2_at_least(s.hidden), BC=power_of_2_at_least(s.classes, least=2), num_warps=8,
+            TERMS=self.terms, **chained(self.features.device),
         )  # fmt: skip
 
-    def _launch_update(self, large: Tensor, row_block: int) -> None:
+    def _launch_update(self, large: Tensor, row_programs: int, row_block: int) -> None:
         s = self.sizes
         programs = ceil_div(s.n_small, _SMALL_BLOCK) + ceil_div(s.n_large, _UPDATE_BLOCK)
         programs += ceil_div(s.n_heads, _UPDATE_BLOCK)
@@ -238,8 +258,8 @@ class TrainingStep:
         update_kernel[(programs,)](
             large, self.small, self.d_heads, self.master, *self.moments, self.work if half else None, self.update,
             self.used, self.cursor, self.order, self.bag_offsets, self.labels, self.order.numel(),
-            s.n_large, s.n_small, s.n_heads, idle, large.shape[0],
+            s.n_large, s.n_small, s.n_heads, idle, large.shape[0], row_programs,
             1.0 - self.betas[0], 1.0 - self.betas[1], self.epsilon,
             BC=_UPDATE_BLOCK, BS=_SMALL_BLOCK, BP=power_of_2_at_least(large.shape[0], least=1), BLOCKS=_ROW_PARTIALS,
-            ROW_BLOCK=row_block, LEAST=LEAST_SPLIT_ROWS, WORK=half, num_warps=4,
+            ROW_BLOCK=row_block, LEAST=LEAST_SPLIT_ROWS, WORK=half, num_warps=4, **chained(self.features.device),
         )  # fmt: skip

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.branch_pool.kernels import combine_branch
+from acmil.kernels.products import wait_for_previous
 from acmil.kernels.slots import slot_size, slots_of_bag
 
 
@@ -47,10 +48,12 @@ def diversity(gram_ptr, d_pairs_ptr, K: tl.constexpr, BK: tl.constexpr):
 def heads_and_losses(
     pooled_ptr, gram_ptr, parameters_ptr, d_parameters_ptr, d_pooled_ptr, d_pairs_ptr, correction_ptr, losses_ptr,
     label, L: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
     """Logits of bag and branches, the three losses, and the gradients of the heads and of z.
 
-    The heads' parameters and gradients lie one after another: Wc (K, C, L), bc (K, C), Ws (C, L), bs (C,).
+    The heads' parameters and gradients lie one after another: Wc (K, C, L), bc (K, C), Ws (C, L), bs (C,). The gradient
+    of z is written as (TERMS · BK, L): in two terms where the type is half, so that it loses nothing.
     """
     branch = tl.arange(0, BK)
     column = tl.arange(0, BL)
@@ -91,7 +94,13 @@ def heads_and_losses(
         tl.store(d_bag_ptr + c * L + column, d_bag_logit * mean, mask=column < L)
     tl.store(d_parameters_ptr + K * C * L + logit_at, d_logits, mask=logit_fits)
     tl.store(d_bag_ptr + C * L + classes, tl.sum(d_bag_logits, axis=0), mask=classes < C)
-    tl.store(d_pooled_ptr + branch[:, None] * L + column[None, :], d_z, mask=fits)
+    d_z = tl.where(fits, d_z, 0.0)  # branches that there are not are zeros
+    d_z_at = branch[:, None] * L + column[None, :]
+    high = d_z.to(d_pooled_ptr.dtype.element_ty)
+    tl.store(d_pooled_ptr + d_z_at, high, mask=(column < L)[None, :])
+    if TERMS == 2:
+        rest = (d_z - high.to(tl.float32)).to(d_pooled_ptr.dtype.element_ty)
+        tl.store(d_pooled_ptr + BK * L + d_z_at, rest, mask=(column < L)[None, :])
     # The diversity loss has no part in Σ_n P dP: a cosine does not change with the length of P_k.
     tl.store(correction_ptr + branch, tl.sum(d_z * z, axis=1), mask=branch_fits)
     tl.store(losses_ptr, bag_loss + branch_loss + diversity_loss)
@@ -119,12 +128,14 @@ def heads_kernel(
     parameters_ptr, d_parameters_ptr, d_pooled_ptr, d_pairs_ptr, correction_ptr,
     cursor_ptr, losses_ptr, rates_ptr, powers_ptr, update_ptr, used_ptr, n_slots, weight_decay,
     L: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    BS: tl.constexpr, WHOLE_L: tl.constexpr, BC: tl.constexpr,
+    BS: tl.constexpr, WHOLE_L: tl.constexpr, BC: tl.constexpr, TERMS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial pools, BL columns of a branch a program; the program that comes last does the rest of the middle.
 
     `cursor` holds position, first row, 0, length, label and step number of the bag.
     """
+    wait_for_previous(CHAINED)
     n_chunks: tl.constexpr = (L + BL - 1) // BL
     k = tl.program_id(0) // n_chunks
     chunk = tl.program_id(0) % n_chunks
@@ -146,7 +157,7 @@ def heads_kernel(
         position = tl.load(cursor_ptr)
         heads_and_losses(
             pooled_ptr, gram_ptr, parameters_ptr, d_parameters_ptr, d_pooled_ptr, d_pairs_ptr, correction_ptr,
-            losses_ptr + position * 4, tl.load(cursor_ptr + 4).to(tl.int32), L, K, C, BK, WHOLE_L, BC,
+            losses_ptr + position * 4, tl.load(cursor_ptr + 4).to(tl.int32), L, K, C, BK, WHOLE_L, BC, TERMS,
         )  # fmt: skip
         prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay)
         tl.store(used_ptr, used)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.gated_scores.backward_kernels import active_splits, sum_large_partials, sum_small_partials
+from acmil.kernels.products import wait_for_previous
 
 
 @triton.jit
@@ -44,21 +45,23 @@ def next_bag(cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions):
 def update_kernel(
     large_ptr, small_ptr, d_heads_ptr, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, used_ptr,
     cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions, n_large, n_small, n_heads, n_idle,
-    n_splits, weight_1, weight_2, epsilon,
+    n_splits, n_row_programs, weight_1, weight_2, epsilon,
     BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, WORK: tl.constexpr,
+    LEAST: tl.constexpr, WORK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Parameters in their flat order: the matrices from split sums, biases and w from block sums, then the heads.
+    """Parameters in their flat order: the matrices from split sums, biases and w from programs' sums, then the heads.
 
     The first `n_idle` numbers of the heads have no part in the loss, and are left as they are.
     """
+    wait_for_previous(CHAINED)
     pid = tl.program_id(0)
     n_small_programs = tl.cdiv(n_small, BS)
     n_large_programs = tl.cdiv(n_large, BC)
     used = tl.load(used_ptr)
     if pid < n_small_programs:  # the longest first
         small = pid * BS + tl.arange(0, BS)
-        gradient = sum_small_partials(small_ptr, small, n_small, tl.cdiv(used, ROW_BLOCK), BS, BLOCKS)
+        with_rows = tl.minimum(n_row_programs, tl.cdiv(used, ROW_BLOCK))
+        gradient = sum_small_partials(small_ptr, small, n_small, with_rows, BS, BLOCKS)
         adamw(
             master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + small, small < n_small,
             gradient, weight_1, weight_2, epsilon, WORK,

@@ -47,6 +47,14 @@ def poison(step):
         buffer.fill_(float("nan"))
 
 
+def as_multiplied(parameters, dtype):
+    """The parameters as the step multiplies them, rounded to its type, with the gradients of the unrounded ones."""
+    names = ("reduction_weight", "v_weight", "u_weight", "score_weight")
+    exact = parameters._asdict()
+    rounded = {name: exact[name] + (exact[name].to(dtype).double() - exact[name]).detach() for name in names}
+    return parameters._replace(**rounded)
+
+
 def check_steps(step, lengths, order, relative_error, tolerance, expected_dropped):
     rates = schedule(step, order)
     exact = GatedParameters(*(p.detach().double().clone().requires_grad_() for p in step.parameters))
@@ -58,7 +66,8 @@ def check_steps(step, lengths, order, relative_error, tolerance, expected_droppe
         keep = ~torch.isinf(step.scores[:, :n])
         assert (~keep).sum(dim=1).tolist() == [expected_dropped[bag]] * step.sizes.branches
         start = int(step.bag_offsets[bag])
-        terms = loss_terms(exact, step.features[start : start + n].double(), step.labels[bag], keep)
+        x = step.features[start : start + n].double()
+        terms = loss_terms(as_multiplied(exact, step.features.dtype), x, step.labels[bag], keep)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         terms.total.backward()
