@@ -30,6 +30,8 @@ from acmil.preprocessing.tile_readers import Examine, ThreadReader, TileReader
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 4  # that read by themselves; more gain little, and hold up the one that feeds the encoder
+_BATCHES_AHEAD = 2
+_BATCHES_AHEAD_OF_GPU = 6  # two left a GPU waiting when the readers paused for a tenth of a second
 _MOST_UNWRITTEN = 4  # slides whose features wait to be written, in memory
 _LOOKS_PER_BEAT = 4
 
@@ -125,6 +127,7 @@ class JobRun:
             self._prepare,
             batch_size=self._batch_size,
             workers=workers,
+            batches_ahead=_BATCHES_AHEAD_OF_GPU if self._encoder.device.type == "cuda" else _BATCHES_AHEAD,
             reader=reader,
             keep=partial(within_limits, limits=self._limits) if self._limits else None,
         )

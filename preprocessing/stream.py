@@ -87,14 +87,15 @@ class TileStream:
 
     Yields, slide after slide, `TileBatch`es of `batch_size` tiles (a slide's last one may hold fewer, as may those of
     which tiles are dropped), a `PreparedSlide` for each slide without tiles, and a `SlideFailure` for each slide that
-    failed. Tiles of a failed slide may have been in earlier batches; none comes after the failure. At most about two
-    batches of tiles are held beyond the one yielded, and a bounded number of bytes.
+    failed. Tiles of a failed slide may have been in earlier batches; none comes after the failure. At most about
+    `batches_ahead` batches of tiles are held beyond the one yielded, and a bounded number of bytes.
 
     Args:
         sources: The slides; asked for one by one, shortly before they are opened.
         prepare: Opens a slide and lays its tiles; called in the reader threads.
         batch_size: Tiles in a batch.
         workers: Reader threads.
+        batches_ahead: Batches that are being read or wait, beside the one yielded.
         keep: Says from what `examine` says of a batch's tiles, (B, Q), which to go on with: bool (B,).
         reader: What reads the tiles, begun by the caller; by default the threads do.
     """
@@ -106,6 +107,7 @@ class TileStream:
         *,
         batch_size: int,
         workers: int,
+        batches_ahead: int = 2,
         keep: Callable[[np.ndarray], np.ndarray] | None = None,
         reader: TileReader | None = None,
     ) -> None:
@@ -115,6 +117,7 @@ class TileStream:
         self._prepare = prepare
         self._batch_size = batch_size
         self._workers = workers
+        self._batches_ahead = batches_ahead
         self._failed: set[str] = set()
 
     def __iter__(self) -> Iterator[StreamEvent]:
@@ -170,8 +173,8 @@ class TileStream:
         return outcome
 
     def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Run | PreparedSlide | SlideFailure]:
-        """Keep runs of about two batches with the threads while the ones before are taken back, in order."""
-        most_runs = 2 * -(-self._batch_size // _RUN_TILES) + self._workers
+        """Keep runs of some batches with the threads while the ones before are taken back, in order."""
+        most_runs = self._batches_ahead * -(-self._batch_size // _RUN_TILES) + self._workers
         queue: deque[_Run | PreparedSlide | SlideFailure] = deque()
         for item in self._runs(pool):
             queue.append(item)
