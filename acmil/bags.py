@@ -6,9 +6,11 @@ A packed batch holds the bags one after the other, `features` (ΣN, D), with `of
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import overload
+from typing import Any, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -112,6 +114,36 @@ class BagDataset(Sequence[Bag]):
         _check_compatible(self.rows, self._files)
         self.n_features = self._files[0].n_features
         self._held = [(np.array(file.features()), file.coords()) for file in self._files] if in_memory else None
+        self._in_use: WeakValueDictionary[str, Bag] = WeakValueDictionary()  # by slide
+
+    def select(self, slide_ids: Iterable[str]) -> "BagDataset":
+        """Return the bags of some of the slides, in the order given; files are not opened and checked again.
+
+        While a bag is in use, all selections give the same object, so that its file is open once.
+
+        Raises:
+            BagError: If no slide is asked for, or one that is not here.
+        """
+        position_of = {row.slide_id: position for position, row in enumerate(self.rows)}
+        wanted = list(slide_ids)
+        strange = [slide_id for slide_id in wanted if slide_id not in position_of]
+        if strange or not wanted:
+            found = repr(strange[0]) if strange else "none"
+            raise BagError(f"a selection must be of slides of the data set, got {found} ({self.feature_dir}).")
+        positions = [position_of[slide_id] for slide_id in wanted]
+        chosen = copy(self)
+        for name in ("rows", "labels", "_files", "metas", "n_tiles"):
+            setattr(chosen, name, tuple(getattr(self, name)[position] for position in positions))
+        chosen._held = None if self._held is None else [self._held[position] for position in positions]
+        chosen._in_use = self._in_use
+        return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_in_use"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._in_use = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,8 +163,11 @@ class BagDataset(Sequence[Bag]):
 
     def _bag(self, position: int) -> Bag:
         row, file = self.rows[position], self._files[position]
-        features, coords = (file.features(), file.coords()) if self._held is None else self._held[position]
-        return Bag(row.slide_id, features, coords, self.labels[position], row.case_id)
+        bag = self._in_use.get(row.slide_id)
+        if bag is None:
+            features, coords = (file.features(), file.coords()) if self._held is None else self._held[position]
+            bag = self._in_use[row.slide_id] = Bag(row.slide_id, features, coords, self.labels[position], row.case_id)
+        return bag
 
 
 def pack(bags: Sequence[Bag], *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> PackedBags:

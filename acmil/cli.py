@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from acmil import __version__
 from acmil.config import (
+    CrossvalConfig,
     DemoConfig,
     EvaluateConfig,
     FeaturesConvertConfig,
@@ -131,6 +132,12 @@ _command(
     "Turn slides into tissue outlines, tiles and feature files; resumes.",
 )
 _command("train", TrainConfig, "acmil.training_run:train", "Train one model on the bags of a cohort.")
+_command(
+    "crossval",
+    CrossvalConfig,
+    "acmil.crossval:crossval",
+    "Cross-validate: folds by case times seeds, one run folder each, and pooled statistics; resumes.",
+)
 _command(
     "evaluate",
     EvaluateConfig,

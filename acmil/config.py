@@ -21,14 +21,14 @@ class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TrainConfig(_Options):
-    """Options of `acmil train`: the recipe of the ACMIL reference unless told otherwise."""
+class _Training(_Options):
+    """What every command that trains asks for: the recipe of the ACMIL reference unless told otherwise."""
 
     cohort: Path = Field(
         description="CSV with slide_id,label and, if there, case_id and split.", json_schema_extra=Positional
     )
     features: Path = Field(description="Folder of feature files, one a slide.")
-    out: Path = Field(description="Run folder to write; an unfinished run in it is resumed.")
+    out: Path = Field(description="Folder to write; what is unfinished in it is resumed.")
     model: str = Field(
         defaults.MODEL, description="Model: acmil_ga (gated attention) or acmil_mha (multi-head attention)."
     )
@@ -52,18 +52,49 @@ class TrainConfig(_Options):
     min_learning_rate: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     weight_decay: float = Field(1e-5, ge=0, description="Weight decay of AdamW.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order and masking; independent of the split.")
+    batch_size: int = Field(1, ge=1, description="Bags a step.")
     split_seed: int = Field(0, ge=0, description="Seed of the split, where the cohort has no split column.")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.15, description="Share of cases for validation, where the cohort has no split column."
-    )
-    test_fraction: Fraction = Field(
-        0.2, description="Share of cases held out for the test, where the cohort has no split column."
     )
     bootstrap_samples: int = Field(
         1000, ge=100, description="Bootstrap samples (of cases) behind each confidence interval."
     )
     device: Device = Field("auto", description=_DEVICE)
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="How training steps compute: fp32, bf16 (products alone), or auto: bf16 where the device has it.",
+    )
+    engine: Literal["auto", "eager", "resident"] = Field(
+        "auto",
+        description="What trains: eager (PyTorch), resident (fused steps on a GPU), or auto: resident where it is had.",
+    )
+
+
+class TrainConfig(_Training):
+    """Options of `acmil train`."""
+
+    out: Path = Field(description="Run folder to write; an unfinished run in it is resumed.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order and masking; independent of the split.")
+    test_fraction: Fraction = Field(
+        0.2, description="Share of cases held out for the test, where the cohort has no split column."
+    )
+
+
+class CrossvalConfig(_Training):
+    """Options of `acmil crossval`."""
+
+    cohort: Path = Field(
+        description="CSV with slide_id,label and, if there, case_id; slides whose split is test are kept out.",
+        json_schema_extra=Positional,
+    )
+    out: Path = Field(description="Folder of run folders to write; what is finished in it is not trained again.")
+    n_folds: int = Field(5, ge=2, description="Parts that the cases are dealt into; each is the test set in turn.")
+    n_seeds: int = Field(5, ge=1, description="Runs of each fold, of the seeds 0, 1, ...; more can be added later.")
+    split_seed: int = Field(0, ge=0, description="Seed of the folds and of the validation cases in each.")
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.15, description="Share of a fold's other cases for validation, which selects the epoch."
+    )
 
 
 class EvaluateConfig(_Options):

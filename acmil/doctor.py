@@ -125,10 +125,14 @@ def _gpu() -> Finding:
 
 
 def _training() -> Finding:
-    import torch
+    from acmil.precision import choose_precision
+    from acmil.preprocessing.devices import choose_device
 
-    where = "on the GPU" if torch.cuda.is_available() else "on the CPU"
-    return Finding("training", f"one bag a step, {where}", "bags are kept in memory as stored; nothing is read twice")
+    device = choose_device("auto")
+    precision, reason = choose_precision("auto", device)
+    found = f"one bag a step, on the {'GPU' if device.type == 'cuda' else 'CPU'}, in {precision}"
+    meaning = f"{reason}; bags are kept in memory as stored, nothing is read twice"
+    return Finding("training", found, meaning, "ok" if precision == "bf16" else "slow")
 
 
 def _openslide() -> Finding:

@@ -74,7 +74,7 @@ def predict_all(run: Run, bags: BagDataset, *, progress: "Progress | None" = Non
         progress.begin("predicting", len(bags))
     probabilities = []
     for bag in bags:
-        probabilities.append(run.predict(bag).probabilities)
+        probabilities.append(run.probabilities(bag))
         if progress:
             progress.advance(1, note=bag.slide_id)
     if progress:

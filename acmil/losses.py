@@ -58,6 +58,8 @@ def acmil_losses(out: MILOutput, labels: Tensor) -> Losses:
         return Losses(bag, zero, zero)
     n_branches = out.branch_logits.shape[1]
     branch = F.cross_entropy(out.branch_logits.flatten(0, 1), labels.repeat_interleave(n_branches))  # (B·K, C)
+    if out.gram is not None:
+        return Losses(bag, branch, gram_similarity(out.gram))
     attention = out.attention if out.head_attention is None else out.head_attention.transpose(0, 1)
     if attention is None:
         return Losses(bag, branch, torch.zeros_like(bag))
@@ -77,13 +79,17 @@ def attention_similarity(attention: Tensor, offsets: Tensor | None = None) -> Te
     n_instances = attention.shape[-1]
     one_bag = offsets is None or offsets.shape[0] == 2
     bags = (attention,) if one_bag else attention.split(bag_lengths(offsets, n_instances), dim=-1)
-    return torch.stack([_pair_similarity(bag) for bag in bags]).mean()
+    return torch.stack([gram_similarity(bag @ bag.transpose(-1, -2)) for bag in bags]).mean()
 
 
-def _pair_similarity(attention: Tensor) -> Tensor:
-    """Mean over pairs i < j of cos(P_i, P_j) of one bag, from the Gram matrix of the unit rows."""
-    n_branches = attention.shape[-2]
-    unit = F.normalize(attention, dim=-1)  # (…, K, N)
-    gram = unit @ unit.transpose(-1, -2)  # (…, K, K)
-    off_diagonal = gram.sum(dim=(-1, -2)) - gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return (off_diagonal / (n_branches * (n_branches - 1))).mean()
+def gram_similarity(gram: Tensor) -> Tensor:
+    """Mean over pairs i < j of `cos(P_i, P_j) = G_ij / sqrt(G_ii G_jj)`, then over all leading dimensions.
+
+    Args:
+        gram: `G = P Pᵀ`, (…, K, K), K >= 2.
+    """
+    n_branches = gram.shape[-1]
+    scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()  # (…, K); a row sums to 1, so its square is at least 1/N
+    cosines = gram * scale[..., None] * scale[..., None, :]
+    # All pairs, both ways round, with the K ones of the diagonal.
+    return (cosines.sum(dim=(-1, -2)).mean() - n_branches) / (n_branches * (n_branches - 1))

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 METRICS = ("auroc", "f1_macro", "f1_micro", "accuracy", "balanced_accuracy", "loss")
 
-_TITLES = {"auroc": "AUROC", "f1_macro": "macro F1", "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy"}
+TITLES = {"auroc": "AUROC", "f1_macro": "macro F1", "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy"}
 _SAMPLES_AT_ONCE = 256  # bounds the memory of the bootstrap: this many weights a slide
 
 
@@ -176,7 +176,7 @@ def describe_metrics(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """
     return ", ".join(
         f"{title} {metrics[name]['value']:.3f} [{metrics[name]['low']:.3f}, {metrics[name]['high']:.3f}]"
-        for name, title in _TITLES.items()
+        for name, title in TITLES.items()
         if name in metrics
     )
 

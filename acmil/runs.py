@@ -62,6 +62,11 @@ class Run:
     device: torch.device
 
     @torch.inference_mode()
+    def probabilities(self, bag: Bag) -> np.ndarray:
+        """Predict one bag, without masking: (C,) float64, as `predict`, and less to copy from a GPU."""
+        return self.model(pack([bag], device=self.device).features).logits[0].double().softmax(-1).cpu().numpy()
+
+    @torch.inference_mode()
     def predict(self, bag: Bag) -> BagPrediction:
         """Predict one bag, without masking."""
         features = pack([bag], device=self.device).features  # (N, D)
@@ -157,11 +162,12 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
     """
     folder = Path(folder)
     if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
-        hint = (
-            "Its training is not finished: run `acmil train` again to resume it."
-            if (folder / "state.pt").is_file()
-            else "Give the --out folder of `acmil train`."
-        )
+        if (folder / "splits.csv").is_file():
+            hint = "Its training is not finished: run `acmil train` again to resume it."
+        elif (folder / "folds.csv").is_file():
+            hint = "It is of `acmil crossval`: give one of its run folders, such as fold_0/seed_0 in it."
+        else:
+            hint = "Give the --out folder of `acmil train`."
         raise RunError(f"{folder} is not a finished run folder (it needs model.json and model.safetensors). {hint}")
     description = _read_description(folder / "model.json")
     model = create_model(description["model"], **description["options"])

@@ -62,6 +62,51 @@ def assign_splits(cohort: Cohort, *, val_fraction: float, test_fraction: float, 
     return result
 
 
+def assign_folds(cohort: Cohort, *, n_folds: int, seed: int) -> dict[str, int]:
+    """Deal the cases into folds, in every class the same number up to one.
+
+    As in `assign_splits` a case counts for its rarest label and the draw depends on seed and cases only. Splits which
+    the cohort has do not matter.
+
+    Args:
+        cohort: The cohort, every row with a label.
+        n_folds: At least 2.
+        seed: Selects the draw.
+
+    Returns:
+        The fold of each case, from 0.
+
+    Raises:
+        CohortError: If a label is missing, a class has too few cases for as many folds with training and validation
+            beside the test, or a fold is left without a class.
+    """
+    _check_labels(cohort)
+    cases_of: dict[str, set[str]] = defaultdict(set)
+    for row in cohort.rows:
+        cases_of[row.label or ""].add(row.case_id)
+    needed = max(n_folds, 4 if n_folds == 2 else 0)  # of two folds each must give training and validation
+    for label in cohort.classes:
+        n_cases = len(cases_of[label])
+        if n_cases < needed:
+            fewer = f"give --n-folds {n_cases}" if n_cases >= 3 else "drop the class"
+            raise CohortError(
+                f"each class needs at least {needed} cases for {n_folds} folds, class {label!r} has {n_cases} "
+                f"({cohort.path}). Add cases, or {fewer}."
+            )
+    fold_of: dict[str, int] = {}
+    for _, cases in sorted(_cases_by_class(cohort).items()):
+        for case_id in sorted(cases, key=lambda case_id: _draw(seed, case_id)):
+            fold_of[case_id] = len(fold_of) % n_folds
+    for label in cohort.classes:
+        lacking = sorted(set(range(n_folds)) - {fold_of[case_id] for case_id in cases_of[label]})
+        if lacking:
+            raise CohortError(
+                f"every class must be in every fold, class {label!r} has no case in fold {lacking[0]} ({cohort.path}): "
+                "few of its cases have this label alone. Try another --split-seed, or fewer folds."
+            )
+    return fold_of
+
+
 def check_splits(cohort: Cohort) -> None:
     """Check that a cohort's splits can be trained on: no leak between them, and two classes to tell apart.
 

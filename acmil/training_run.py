@@ -2,7 +2,9 @@
 
 import csv
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,23 +16,31 @@ from acmil import environment
 from acmil.bags import BagDataset
 from acmil.checkpoint import load_state, save_state, save_weights
 from acmil.cohort import SPLITS, Cohort, CohortRow, read_cohort
+from acmil.engine import Engine, TrainingJob, choose_engine, fit_jobs
 from acmil.json_file import write_json
 from acmil.metrics import classification_metrics, describe_metrics, metrics_with_intervals
 from acmil.models import MILModel, create_model
+from acmil.precision import Precision, choose_precision
 from acmil.preprocessing.atomic import write_text
 from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import RunError, load_run, write_predictions
+from acmil.selection import EpochRecord
 from acmil.splits import assign_splits, check_splits, write_splits
-from acmil.training import EpochRecord, FitResult, fit
+from acmil.training import FitResult
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from acmil.config import TrainConfig
     from acmil.preprocessing.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_SECONDS = 10.0  # between two states of a run, as an epoch may take milliseconds
+
 _WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
+_BY_WHAT_IT_IS = {"cohort", "precision", "engine"}  # and those compared by what they stand for
 
 
 class RunSummary(NamedTuple):
@@ -50,6 +60,37 @@ class RunSummary(NamedTuple):
         return "\n".join(lines)
 
 
+class Means(NamedTuple):
+    """What a run is trained with on this machine."""
+
+    device: torch.device
+    precision: Precision
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run whose folder and model are made, to be trained by `acmil.engine.fit_jobs` and then finished.
+
+    Attributes:
+        config: Its options.
+        cohort: Its slides, each with its split.
+        bags: Its bags by split.
+        model: What is trained; the job's.
+        job: What to train.
+        n_epochs_done: Epochs that an earlier attempt left.
+        history: Its table of epochs; `close` it if the run fails, `finish_run` does otherwise.
+    """
+
+    config: "TrainConfig"
+    cohort: Cohort
+    bags: Mapping[str, BagDataset]
+    model: MILModel
+    job: TrainingJob
+    n_epochs_done: int
+    history: "_History"
+
+
 def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSummary:
     """Train one model and write its run folder; an unfinished run of the same options is resumed.
 
@@ -58,44 +99,112 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
         RunError: If the folder holds a run of other options.
     """
     cohort = _split_cohort(config)
-    bags = {
-        split: _bags(config.features, cohort, split)
-        for split in SPLITS
-        if any(row.split == split for row in cohort.rows)
-    }
-    device = choose_device(config.device)
-    state = _resume(config, cohort)
-    _write_inputs(config, cohort, bags["train"])
-    model = build_model(config, in_features=bags["train"].n_features, n_classes=len(cohort.classes))
+    bags = BagDataset(config.features, cohort.rows, classes=cohort.classes)
+    means = choose_means(config, n_features=bags.n_features, n_classes=len(cohort.classes))
+
+    def on_epoch(record: EpochRecord) -> None:
+        if progress:
+            progress.advance(1, note=f"val auroc {record.val.get('auroc', float('nan')):.3f}")
+
+    run = prepare_run(config, cohort, bags, means, on_epoch=on_epoch)
     if progress:
-        progress.begin(f"training {config.model}", config.epochs)
-    with _History(config.out, n_epochs_done=len(state["history"]) if state else 0) as history:
-
-        def on_epoch(record: EpochRecord) -> None:
-            history.add(record)
-            if progress:
-                progress.advance(1, note=f"val auroc {record.val.get('auroc', float('nan')):.3f}")
-
-        result = fit(
-            model,
-            bags["train"],
-            bags["val"],
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            min_learning_rate=config.min_learning_rate,
-            warmup_epochs=config.warmup_epochs,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            device=device,
-            score=classification_metrics,
-            on_epoch=on_epoch,
-            state=state,
-            checkpoint=lambda new_state: save_state(config.out / "state.pt", new_state),
-        )
+        progress.begin(f"training {config.model}", config.epochs - run.n_epochs_done)
+    try:
+        (result,) = fit_jobs([run.job], **means._asdict(), score=classification_metrics)
+        if isinstance(result, Exception):
+            raise result
+    finally:
+        run.history.close()
     if progress:
         progress.end()
-    metrics = _write_results(config, cohort, bags, model, result)
-    return RunSummary(config.out, metrics, config.epochs, sum(record.seconds for record in result.history))
+    return finish_run(run, result)
+
+
+def choose_means(config: "TrainConfig", *, n_features: int, n_classes: int) -> Means:
+    """Choose device, precision and engine for runs of these options, and log why.
+
+    Raises:
+        ValueError: If what is asked for cannot be had here.
+    """
+    device = choose_device(config.device)
+    precision, why_precision = choose_precision(config.precision, device)
+    model = build_model(config, in_features=n_features, n_classes=n_classes)
+    engine, why_engine = choose_engine(
+        config.engine, device=device, model=model.name, options=model.options, batch_size=config.batch_size
+    )
+    logger.info("training on %s in %s: %s", device, precision, why_precision)
+    logger.info("engine %s: %s", engine, why_engine)
+    return Means(device, precision, engine)
+
+
+def prepare_run(
+    config: "TrainConfig",
+    cohort: Cohort,
+    bags: BagDataset,
+    means: Means,
+    *,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> PreparedRun:
+    """Make a run's folder, model and job; an unfinished run of the same options is gone on with.
+
+    Args:
+        config: The run's options.
+        cohort: Its slides, each with its split.
+        bags: Bags of these slides, and of others if there are; runs may share them.
+        means: Of `choose_means`.
+        on_epoch: Called after each epoch with its record, once it is in the history.
+
+    Raises:
+        RunError: If the folder holds a run of other options, or one begun in another way.
+    """
+    state = _resume(config, cohort, means)
+    in_force = {"device": str(means.device), "precision": means.precision, "engine": means.engine}
+    _write_inputs(config, cohort, in_force=in_force)
+    slides = {split: [row.slide_id for row in cohort.rows if row.split == split] for split in SPLITS}
+    by_split = {split: bags.select(slide_ids) for split, slide_ids in slides.items() if slide_ids}
+    model = build_model(config, in_features=bags.n_features, n_classes=len(cohort.classes))
+    n_epochs_done = len(state["history"]) if state else 0
+    history = _History(config.out, n_epochs_done=n_epochs_done)
+
+    def record_epoch(record: EpochRecord) -> None:
+        history.add(record)
+        if on_epoch:
+            on_epoch(record)
+
+    job = TrainingJob(
+        model,
+        by_split["train"],
+        by_split["val"],
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        min_learning_rate=config.min_learning_rate,
+        warmup_epochs=config.warmup_epochs,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        on_epoch=record_epoch,
+        state=state,
+        checkpoint=_Checkpoint(config.out / "state.pt", epochs=config.epochs),
+    )
+    return PreparedRun(config, cohort, by_split, model, job, n_epochs_done, history)
+
+
+def finish_run(run: PreparedRun, result: FitResult) -> RunSummary:
+    """Write what training left: weights, predictions, metrics."""
+    run.history.close()
+    metrics = _write_results(run, result)
+    seconds = sum(record.seconds for record in result.history)
+    return RunSummary(run.config.out, metrics, run.config.epochs, seconds)
+
+
+def is_finished(config: "TrainConfig", cohort: Cohort) -> bool:
+    """Whether the run folder holds all that these options lead to.
+
+    Raises:
+        RunError: If it holds a run of other options.
+    """
+    _refuse_another_run(config, cohort)
+    return (config.out / "metrics.json").is_file()  # written last
 
 
 def build_model(config: "TrainConfig", *, in_features: int, n_classes: int) -> MILModel:
@@ -123,32 +232,48 @@ class _History:
     """history.csv and TensorBoard events, one row an epoch, kept whole when a run is resumed."""
 
     def __init__(self, folder: Path, *, n_epochs_done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = folder / "history.csv"
-        self._keep = n_epochs_done
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=n_epochs_done)
+        self._folder, self._keep = folder, n_epochs_done
+        self._events: SummaryWriter | None = None  # made with the first epoch: many runs may wait for their turn
         self._rows: list[dict[str, Any]] = []
 
-    def __enter__(self) -> "_History":
-        if self._keep and self._path.is_file():
-            with self._path.open(newline="", encoding="utf-8") as file:
-                self._rows = list(csv.DictReader(file))[: self._keep]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._events.close()
-
     def add(self, record: EpochRecord) -> None:
+        if self._events is None:
+            self._events = self._begin()
         row = record.as_row()
         self._rows.append(row)
         for name, value in row.items():
             if name != "epoch":
                 self._events.add_scalar(name, value, record.epoch)
-        with self._path.open("w", newline="", encoding="utf-8") as file:
+        with (self._folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerows(self._rows)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _begin(self) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self._folder / "history.csv"
+        if self._keep and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self._rows = list(csv.DictReader(file))[: self._keep]
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._keep)
+
+
+class _Checkpoint:
+    """Writes a run's state now and then, and after its last epoch."""
+
+    def __init__(self, path: Path, *, epochs: int) -> None:
+        self._path, self._epochs, self._written = path, epochs, time.monotonic()
+
+    def __call__(self, state: Mapping[str, Any]) -> None:
+        is_last = len(state["history"]) >= self._epochs
+        if is_last or time.monotonic() - self._written >= CHECKPOINT_SECONDS:
+            save_state(self._path, state)
+            self._written = time.monotonic()
 
 
 def _split_cohort(config: "TrainConfig") -> Cohort:
@@ -161,20 +286,17 @@ def _split_cohort(config: "TrainConfig") -> Cohort:
     return cohort
 
 
-def _bags(features: Path, cohort: Cohort, split: str) -> BagDataset:
-    return BagDataset(features, [row for row in cohort.rows if row.split == split], classes=cohort.classes)
-
-
-def _resume(config: "TrainConfig", cohort: Cohort) -> dict[str, Any] | None:
-    """The state of an unfinished run of the same options in the run folder, if there is one."""
+def _refuse_another_run(config: "TrainConfig", cohort: Cohort) -> None:
+    """Refuse a folder that holds a run of other options, slides or splits."""
     if not (config.out / "config.yaml").is_file():
-        return None
+        return
     before = _options_of(config.out / "config.yaml")
     now = config.model_dump(mode="json")
+    defaults = {key: field.default for key, field in type(config).model_fields.items()}  # of options younger than a run
     changed = [
-        f"{key}: {before.get(key)} → {now[key]}"
+        f"{key}: {before.get(key, defaults[key])} → {now[key]}"
         for key in now
-        if key not in _WHERE_ONLY and before.get(key) != now[key]
+        if key not in _WHERE_ONLY | _BY_WHAT_IT_IS and before.get(key, defaults[key]) != now[key]
     ]
     if changed:
         raise RunError(
@@ -184,9 +306,25 @@ def _resume(config: "TrainConfig", cohort: Cohort) -> dict[str, Any] | None:
         raise RunError(
             f"{config.out} holds a run on other slides or splits than {cohort.path} has now. Give another --out."
         )
-    if not (config.out / "state.pt").is_file():
+
+
+def _resume(config: "TrainConfig", cohort: Cohort, means: Means) -> dict[str, Any] | None:
+    """The state of an unfinished run of the same options in the run folder, if there is one."""
+    _refuse_another_run(config, cohort)
+    if not (config.out / "config.yaml").is_file() or not (config.out / "state.pt").is_file():
         return None
     state = load_state(config.out / "state.pt")
+    precision, engine = state["run"].get("precision", "fp32"), state["run"].get("engine", "eager")
+    if precision != means.precision:
+        raise RunError(
+            f"{config.out} was begun in {precision}, here it would go on in {means.precision}. "
+            f"Give --precision {precision}."
+        )
+    if engine != means.engine:
+        raise RunError(
+            f"{config.out} was begun by engine {engine}, here it would go on by engine {means.engine}. "
+            f"Give --engine {engine}."
+        )
     logger.info("resuming %s after epoch %d of %d", config.out, len(state["history"]), config.epochs)
     return state
 
@@ -203,17 +341,20 @@ def _options_of(path: Path) -> dict[str, Any]:
     return options
 
 
-def _write_inputs(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> None:
+def _write_inputs(config: "TrainConfig", cohort: Cohort, *, in_force: Mapping[str, str]) -> None:
     make_output_folder(config.out)
-    description = {"options": config.model_dump(mode="json"), **environment.describe()}
+    description = {
+        "options": config.model_dump(mode="json"),
+        "in_force": dict(in_force),
+        **environment.describe(),
+    }
     write_text(config.out / "config.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
     write_splits(config.out / "splits.csv", cohort)
 
 
-def _write_results(
-    config: "TrainConfig", cohort: Cohort, bags: Mapping[str, BagDataset], model: MILModel, result: FitResult
-) -> dict[str, Any]:
+def _write_results(run: PreparedRun, result: FitResult) -> dict[str, Any]:
     """Weights, model.json, predictions of every split, metrics of val and test, all of the selected epoch."""
+    config, cohort, bags, model = run.config, run.cohort, run.bags, run.model
     model.load_state_dict(result.last_weights)
     save_weights(config.out / "last.safetensors", model)
     model.load_state_dict(result.best_weights)
@@ -230,12 +371,12 @@ def _write_results(
         "tile_mpp": meta.tile_mpp,
     }
     write_json(config.out / "model.json", description)
-    run = load_run(config.out, device=config.device)
+    trained = load_run(config.out, device=config.device)
     metrics: dict[str, Any] = {"selected_epoch": result.best_epoch}
     rows: list[CohortRow] = []
     probabilities: list[np.ndarray] = []
     for split, dataset in bags.items():
-        predicted = np.stack([run.predict(bag).probabilities for bag in dataset])  # (S, C)
+        predicted = np.stack([trained.probabilities(bag) for bag in dataset])  # (S, C)
         split_rows = [row for row in cohort.rows if row.split == split]
         rows += split_rows
         probabilities.append(predicted)

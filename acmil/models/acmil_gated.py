@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from acmil.kernels import gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
@@ -88,13 +89,14 @@ class ACMILGated(nn.Module):
         """Predict each bag.
 
         Args:
-            features: Instance features, (ΣN, D).
+            features: Instance features, (ΣN, D). bf16: the products over instances are computed in bf16, all else in
+                the weights' type; any other type is brought to the weights'.
             offsets: (B+1,) int64, where each bag begins and ends; None for one bag.
             generator: Source of the masks in training, on the model's device; None draws from torch's global one.
             keep: (K, ΣN) bool mask to use in place of a drawn one, in training and evaluation alike.
 
         Returns:
-            Logits (B, C), branch logits (B, K, C) and attention (K, ΣN).
+            Logits (B, C), branch logits (B, K, C), attention (K, ΣN) and its Gram matrices (B, K, K).
 
         Raises:
             ValueError: If the features have another size than the model's, or a bag is empty.
@@ -104,17 +106,20 @@ class ACMILGated(nn.Module):
             keep = stochastic_top_k_mask(
                 scores, top_k=self.mask_top_k, ratio=self.mask_ratio, generator=generator, offsets=offsets
             )
-        pooled, attention, _ = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K, L), (K, ΣN)
+        pooled, attention, gram = masked_attention_pool(hidden, scores, offsets, keep)
+        pooled = pooled.to(self.bag_head.weight.dtype)
         return MILOutput(
             logits=self.bag_head(pooled.mean(dim=1)),
             branch_logits=self.branch_head(pooled),
             attention=attention,
             offsets=offsets_of_one_bag(features) if offsets is None else offsets,
+            gram=gram,
         )
 
     def hidden(self, features: Tensor) -> Tensor:
         """Instance features after the reduction, H: (N, L)."""
-        return torch.relu(self.reduction(prepare_features(features, self.reduction.weight)))
+        features = prepare_features(features, self.reduction.weight)
+        return F.relu(F.linear(features, self.reduction.weight.to(features.dtype)))
 
     def loss(self, out: MILOutput, labels: Tensor) -> Losses:
         """Loss terms of an output against labels (B,) int64."""
@@ -122,13 +127,7 @@ class ACMILGated(nn.Module):
 
     def _scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """H (ΣN, L) and scores (K, ΣN)."""
-        return gated_attention_scores(
-            prepare_features(features, self.reduction.weight),
-            self.reduction.weight,
-            self.gate_v.weight,
-            self.gate_v.bias,
-            self.gate_u.weight,
-            self.gate_u.bias,
-            self.score.weight,
-            self.score.bias,
-        )
+        features = prepare_features(features, self.reduction.weight)
+        layers = (self.gate_v, self.gate_u, self.score)
+        weights = (self.reduction.weight, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+        return gated_attention_scores(features, *(weight.to(features.dtype) for weight in weights))

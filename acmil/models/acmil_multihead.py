@@ -130,7 +130,8 @@ class ACMILMultiHead(nn.Module):
         """Predict each bag.
 
         Args:
-            features: Instance features, (ΣN, D).
+            features: Instance features, (ΣN, D). bf16: H and its pooling are computed in bf16, all else in the
+                weights' type; any other type is brought to the weights'.
             offsets: (B+1,) int64, where each bag begins and ends; None for one bag.
             generator: Source of masks and dropout in training, on the model's device; None draws from the global one.
             keep: (K, heads, ΣN) bool mask to use in place of a drawn one, in training and evaluation alike.
@@ -151,7 +152,7 @@ class ACMILMultiHead(nn.Module):
                 scores, top_k=self.mask_top_k, ratio=self.mask_ratio, generator=generator, offsets=offsets
             )
         pooled, attention, _ = masked_attention_pool(hidden, scores, offsets, keep)  # (B, K·heads, L), (K·heads, ΣN)
-        pooled = pooled.unflatten(1, (-1, self.n_heads))  # (B, K, heads, L)
+        pooled = pooled.to(self.bag_head.weight.dtype).unflatten(1, (-1, self.n_heads))  # (B, K, heads, L)
         head_attention = attention.unflatten(0, (-1, self.n_heads))  # (K, heads, ΣN)
         return MILOutput(
             logits=self.bag_head(self._bag_features(pooled, generator)),
@@ -163,7 +164,8 @@ class ACMILMultiHead(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Instance features after the reduction, H: (N, L)."""
-        return torch.relu(self.reduction(prepare_features(features, self.reduction.weight)))
+        features = prepare_features(features, self.reduction.weight)
+        return F.relu(F.linear(features, self.reduction.weight.to(features.dtype)))
 
     def loss(self, out: MILOutput, labels: Tensor) -> Losses:
         """Loss terms of an output against labels (B,) int64."""
@@ -176,7 +178,7 @@ class ACMILMultiHead(nn.Module):
         key_bias = self._split_heads(self.key_projection.bias)  # (K, heads, d)
         direction = torch.einsum("khd,khdl->khl", query, key_weight).flatten(0, 1)  # (K·heads, L)
         constant = (query * key_bias).sum(dim=-1).flatten()  # (K·heads,)
-        return torch.addmm(constant[:, None], direction, hidden.T) / math.sqrt(query.shape[-1])
+        return torch.addmm(constant[:, None], direction, hidden.T.to(direction.dtype)) / math.sqrt(query.shape[-1])
 
     def _branch_features(self, pooled: Tensor, generator: torch.Generator | None) -> Tensor:
         """Branch features (B, K, L) from the instances pooled by each head (B, K, heads, L)."""

@@ -25,7 +25,9 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, K, in) to (…, K, out)."""
-        return torch.einsum("...ki,koi->...ko", x, self.weight) + self.bias
+        batch = x.reshape(-1, *self.weight.shape[::2]).transpose(0, 1)  # (K, …, in)
+        mapped = torch.baddbmm(self.bias[:, None], batch, self.weight.mT)  # (K, …, out)
+        return mapped.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 def sampled_dropout(x: Tensor, *, p: float, generator: torch.Generator | None) -> Tensor:
@@ -52,7 +54,11 @@ def check_masking(mask_top_k: int, mask_ratio: float) -> None:
 
 
 def prepare_features(features: Tensor, weight: Tensor) -> Tensor:
-    """Check instance features (ΣN, D) against the first weight (L, D), and bring them to its dtype."""
+    """Check instance features (ΣN, D) against the first weight (L, D), and bring them to the type of the products.
+
+    bf16 stays: that is how a caller asks for products in bf16. Any other type, as features are stored, becomes that of
+    the weights.
+    """
     n_features = weight.shape[1]
     if features.dim() != 2 or features.shape[1] != n_features or features.shape[0] < 1:
         raise ValueError(
@@ -61,7 +67,7 @@ def prepare_features(features: Tensor, weight: Tensor) -> Tensor:
         )
     if not features.is_floating_point():
         raise ValueError(f"features must be floating point, got {features.dtype}.")
-    return features.to(weight.dtype)
+    return features if features.dtype == torch.bfloat16 else features.to(weight.dtype)
 
 
 def offsets_of_one_bag(features: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class MILOutput:
             the model has no attention.
         offsets: (B+1,) int64, where each bag begins and ends.
         head_attention: (K, heads, ΣN) probabilities, or None for a model without heads.
+        gram: (B, K, K), the products `P_k · P_j` of the branches' attention over each bag; None: not computed.
     """
 
     logits: Tensor
@@ -25,3 +26,4 @@ class MILOutput:
     attention: Tensor | None
     offsets: Tensor
     head_attention: Tensor | None = None
+    gram: Tensor | None = None

@@ -9,13 +9,19 @@ from acmil.kernels.checks import bag_lengths
 def masked_attention_pool(
     hidden: Tensor, scores: Tensor, offsets: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pool: z (B, K, L), P (K, ΣN) and G (B, K, K), bag by bag; all in float32 for half types."""
+    """Pool: z (B, K, L), P (K, ΣN) and G (B, K, K), bag by bag; all in float32 for half types.
+
+    The product P H alone is bf16 where H is, as z is in the end. In fp16 the attention of long bags would vanish.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, scores = hidden.to(dtype), scores.to(dtype)
+    scores = scores.to(dtype)
+    if hidden.dtype != torch.bfloat16:
+        hidden = hidden.to(dtype)
     lengths = bag_lengths(offsets, hidden.shape[0])
     keeps = [None] * len(lengths) if keep is None else keep.split(lengths, dim=-1)
     rows = [_attention(s, k) for s, k in zip(scores.split(lengths, dim=-1), keeps, strict=True)]  # B of (K, N)
-    pooled = torch.stack([row @ bag for row, bag in zip(rows, hidden.split(lengths), strict=True)])  # (B, K, L)
+    hiddens = hidden.split(lengths)
+    pooled = torch.stack([row.to(hidden.dtype) @ bag for row, bag in zip(rows, hiddens, strict=True)])  # (B, K, L)
     gram = torch.stack([row @ row.T for row in rows])  # (B, K, K)
     return pooled, rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1), gram
 

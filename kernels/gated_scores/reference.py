@@ -17,7 +17,9 @@ def gated_attention_scores(
 ) -> tuple[Tensor, Tensor]:
     """H (ΣN, L) and S (K, ΣN) by their formulas; S is float32 for half types."""
     hidden = F.relu(F.linear(features, reduction_weight))  # (ΣN, L)
-    gate = torch.tanh(F.linear(hidden, v_weight, v_bias)) * torch.sigmoid(F.linear(hidden, u_weight, u_bias))  # (ΣN, A)
+    # V and U as one product: H is read once, forward and backward.
+    of_v, of_u = F.linear(hidden, torch.cat([v_weight, u_weight]), torch.cat([v_bias, u_bias])).chunk(2, dim=-1)
+    gate = torch.tanh(of_v) * torch.sigmoid(of_u)  # (ΣN, A)
     dtype = torch.promote_types(features.dtype, torch.float32)
     # Rows contiguous for the softmax: (K, ΣN).
     scores = torch.addmm(score_bias.to(dtype)[:, None], score_weight.to(dtype), gate.to(dtype).T)

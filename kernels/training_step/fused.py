@@ -152,12 +152,12 @@ class TrainingStep:
                 f"order and rates must be as long, 1 to {self.order.numel()} steps, got {steps} and {rates.numel()}."
             )
         self.order[:steps].copy_(order)
-        self.order[steps:] = self.order[steps - 1]
+        self.order[steps:].copy_(self.order[steps - 1 : steps].expand(self.order.numel() - steps))
         self.rates[:steps].copy_(rates)
-        first = self.order[0]
-        start, end = self.bag_offsets[first], self.bag_offsets[first + 1]
+        first = self.order[:1]  # taken as tensors: an index that is read would wait for the device
+        start, end = self.bag_offsets.take(first), self.bag_offsets.take(first + 1)
         zero = torch.zeros_like(start)
-        self.cursor.copy_(torch.stack([zero, start, zero, end - start, self.labels[first], self.cursor[5]]))
+        self.cursor[:5].copy_(torch.cat([zero, start, zero, end - start, self.labels.take(first)]))
 
     def launch(self, n_rows: int | None = None, tiles: Tiles | None = None) -> None:
         """Do the next step.

@@ -87,6 +87,23 @@ def test_pickled_and_read_from_threads(tmp_path: Path, written: dict, in_memory:
         np.testing.assert_array_equal(bag.coords, expected[1])
 
 
+def test_a_selection_opens_no_file_again(tmp_path: Path, written: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = BagDataset(tmp_path, [row(slide_id) for slide_id in written], classes=["a"])
+    monkeypatch.setattr("acmil.bags.open_feature_file", None)
+    slide_ids = list(written)[::-1][:2]
+    part = whole.select(slide_ids)
+    assert [bag.slide_id for bag in part] == [r.slide_id for r in part.rows] == slide_ids
+    assert part.n_tiles == tuple(len(written[slide_id][0]) for slide_id in slide_ids)
+    assert [meta.slide_id for meta in part.metas] == slide_ids
+    for bag in part:
+        np.testing.assert_array_equal(bag.features, written[bag.slide_id][0])
+    held = part[0]
+    assert whole.select(slide_ids[:1])[0] is held is whole[len(written) - 1]
+    for wanted, found in (([], "none"), (["nobody"], "'nobody'")):
+        with pytest.raises(BagError, match=f"must be of slides of the data set, got {found}"):
+            whole.select(wanted)
+
+
 def test_unknown_label_is_refused(tmp_path: Path, written: dict) -> None:
     with pytest.raises(BagError, match="label of slide 's2' must be one of 'a', 'b', got 'c'"):
         BagDataset(tmp_path, [row("007"), row("s2", "c")], classes=("a", "b"))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from acmil.cli import run_command_line
-from acmil.config import DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
+from acmil.config import CrossvalConfig, DemoConfig, EvaluateConfig, HeatmapConfig, TrainConfig, UmapConfig
 from acmil.preprocessing.config import PreprocessConfig
 
 HELP = """
@@ -29,7 +29,9 @@ def test_help_does_not_import_torch():
     assert "preprocess" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "preprocess", "train", "evaluate", "heatmap", "umap", "samples", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "preprocess", "train", "crossval", "evaluate", "heatmap", "umap", "samples", "doctor"]
+)
 def test_help_of_each_command_does_not_import_torch(command):
     code = HELP.format(arguments=[command, "--help"])
     result = run_python(code)
@@ -91,6 +93,7 @@ def test_failing_input_exits_1_and_debug_shows_the_traceback(capsys, tmp_path):
             ),
         ),
         ("train", "acmil.training_run.train", TrainConfig(cohort="c", features="f", out="o")),
+        ("crossval", "acmil.crossval.crossval", CrossvalConfig(cohort="c", features="f", out="o", n_seeds=3)),
         ("evaluate", "acmil.evaluation.evaluate", EvaluateConfig(run="r", cohort="c", features="f", out="o")),
         ("heatmap", "acmil.heatmaps.heatmaps", HeatmapConfig(run="r", slides=["s"], features="f", out="o")),
         ("umap", "acmil.projection.umap", UmapConfig(run="r", cohort="c", features="f", out="o")),

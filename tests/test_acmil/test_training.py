@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from acmil.checkpoint import load_state, save_state
+from acmil.engine import TrainingJob
 from acmil.models import create_model
-from acmil.training import EpochRecord, fit, learning_rate_at, selection_score
+from acmil.selection import EpochRecord, selection_score
+from acmil.training import fit, learning_rate_at, run_settings
 
 NAMES = ["acmil_ga", "acmil_mha"]
 D = 17
@@ -279,6 +281,84 @@ def test_memory_mapped_half_precision_bags_train_like_their_values(tmp_path, nam
     whole = [Bag(bag.slide_id, bag.features.astype(np.float32), bag.label) for bag in bags]
     first, second = run(build(name), mapped, mapped), run(build(name), whole, whole)
     assert same_weights(first.last_weights, second.last_weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_two_bags_is_that_of_their_mean_loss(name, monkeypatch):
+    """AdamW's first step keeps the signs of a gradient alone, so the gradients themselves are compared."""
+    options = {"mask_top_k": 0} | ({"dropout": 0.0} if name == "acmil_mha" else {})
+    bags = make_bags(2, seed=0)
+    taken = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda optimizer: (
+            taken.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]]),
+            step(optimizer),
+        )[1],
+    )
+    record = run(build(name, **options), bags, bags, epochs=1, batch_size=2).history[0]
+    assert len(taken) == 1
+    model = build(name, **options).train()
+    losses = [model.loss(model(torch.from_numpy(bag.features)), torch.tensor([bag.label])).total for bag in bags]
+    (sum(losses) / 2).backward()
+    assert record.train_loss == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    for found, parameter in zip(taken[0], model.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_of_an_epoch_and_what_is_left_for_the_last(monkeypatch):
+    train = make_bags(7, seed=0)
+    model = build("acmil_ga")
+    sizes, rates = [], []
+    loss, step = model.loss, torch.optim.AdamW.step
+    monkeypatch.setattr(model, "loss", lambda out, labels: (sizes.append(len(labels)), loss(out, labels))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda optimizer: (rates.append(optimizer.param_groups[0]["lr"]), step(optimizer))[1]
+    )
+    run(model, train, make_bags(4, seed=1), epochs=2, batch_size=3)
+    assert sizes == [3, 3, 1, 3, 3, 1]
+    schedule = {"epochs": 2, "learning_rate": 1e-3, "min_learning_rate": 0.0, "warmup_epochs": 0}
+    assert rates == pytest.approx([learning_rate_at(number / 3, **schedule) for number in range(6)])
+
+
+def test_a_batch_of_one_is_the_default():
+    train, val = make_bags(6, seed=0), make_bags(4, seed=1)
+    first, second = run(build("acmil_ga"), train, val), run(build("acmil_ga"), train, val, batch_size=1)
+    assert same_weights(first.last_weights, second.last_weights)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        run(build("acmil_ga"), train, val, batch_size=0)
+
+
+def test_batches_resume_exactly_and_only_as_they_were():
+    train, val = make_bags(7, seed=0), make_bags(4, seed=1)
+    states = []
+    whole = run(build("acmil_ga"), train, val, batch_size=2, checkpoint=states.append)
+    resumed = run(build("acmil_ga"), train, val, batch_size=2, state=states[0])
+    assert same_weights(whole.last_weights, resumed.last_weights)
+    with pytest.raises(ValueError, match="batch_size 2 → 3"):
+        run(build("acmil_ga"), train, val, batch_size=3, state=states[0])
+
+
+def test_a_state_says_which_engine_wrote_it():
+    train, val = make_bags(4, seed=0), make_bags(4, seed=1)
+    states = []
+    run(build("acmil_ga"), train, val, checkpoint=states.append)
+    settings = {"learning_rate": 1e-3, "min_learning_rate": 0.0, "warmup_epochs": 0, "weight_decay": 1e-5, "seed": 0}
+    job = TrainingJob(build("acmil_ga"), train, val, epochs=3, **settings)
+    assert states[0]["run"] == run_settings(job, device=torch.device("cpu"), precision="fp32", engine="eager")
+    with pytest.raises(ValueError, match="engine 'resident' → 'eager'"):
+        run(build("acmil_ga"), train, val, state=states[0] | {"run": states[0]["run"] | {"engine": "resident"}})
+
+
+def test_without_room_on_the_device_bags_are_moved_a_step_at_a_time(monkeypatch):
+    train, val = make_bags(6, seed=0, dtype=np.float16), make_bags(4, seed=1)
+    roomy = run(build("acmil_ga"), train, val, batch_size=2)
+    monkeypatch.setattr("acmil.training._have_room", lambda sets, device: False)
+    tight = run(build("acmil_ga"), train, val, batch_size=2)
+    assert same_weights(roomy.last_weights, tight.last_weights)
+    assert without_time(roomy.history) == without_time(tight.history)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from acmil.checkpoint import load_state, save_state
 from acmil.config import TrainConfig
 from acmil.runs import RunError, load_run
 from acmil.training_run import train
@@ -129,7 +130,8 @@ class InterruptAfter:
 
 
 @pytest.mark.parametrize("model", ["acmil_ga", "acmil_mha"])
-def test_an_interrupted_run_resumes_to_the_same_end(feature_cohort, tmp_path, model):
+def test_an_interrupted_run_resumes_to_the_same_end(feature_cohort, tmp_path, model, monkeypatch):
+    monkeypatch.setattr("acmil.training_run.CHECKPOINT_SECONDS", 0.0)
     train(options(feature_cohort, tmp_path / "whole", epochs=6, model=model))
     with pytest.raises(Interruption):
         train(options(feature_cohort, tmp_path / "cut", epochs=6, model=model), progress=InterruptAfter(3))
@@ -144,6 +146,38 @@ def test_an_interrupted_run_resumes_to_the_same_end(feature_cohort, tmp_path, mo
 def test_a_folder_of_other_options_is_refused_with_the_differences(trained_run, feature_cohort):
     with pytest.raises(RunError, match="epochs: 40 → 3"):
         train(options(feature_cohort, trained_run, learning_rate=1e-3))
+
+
+def test_a_run_begun_by_another_engine_is_refused(feature_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("acmil.training_run.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Interruption):
+        train(options(feature_cohort, tmp_path), progress=InterruptAfter(1))
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert stored["options"]["engine"] == "auto"
+    assert stored["in_force"]["engine"] == "eager"
+    state = load_state(tmp_path / "state.pt")
+    save_state(tmp_path / "state.pt", state | {"run": state["run"] | {"engine": "resident"}})
+    with pytest.raises(RunError, match=r"by engine resident, here .* by engine eager. Give --engine resident\."):
+        train(options(feature_cohort, tmp_path))
+    with pytest.raises(ValueError, match=r"engine resident cannot be had: .*Give engine auto or eager"):
+        train(options(feature_cohort, tmp_path, engine="resident"))
+
+
+def test_states_are_written_now_and_then_and_at_the_end(feature_cohort, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("acmil.training_run.save_state", lambda path, state: written.append(len(state["history"])))
+    train(options(feature_cohort, tmp_path / "rarely", epochs=4))
+    assert written == [4]
+    monkeypatch.setattr("acmil.training_run.CHECKPOINT_SECONDS", 0.0)
+    train(options(feature_cohort, tmp_path / "often", epochs=4))
+    assert written == [4, 1, 2, 3, 4]
+
+
+def test_batches_are_an_option(feature_cohort, tmp_path):
+    train(options(feature_cohort, tmp_path / "run", batch_size=4))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["options"]["batch_size"] == 4
+    with pytest.raises(RunError, match="batch_size: 4 → 1"):
+        train(options(feature_cohort, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

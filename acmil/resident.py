@@ -1,0 +1,635 @@
+"""Training that stays on the GPU: features are packed once, every step is one captured graph, many runs share them.
+
+Same recipe as `acmil.training.fit`, order of bags included. Nothing within an epoch waits for the host: the next epoch
+is queued before the figures of the last are read. The masks come from the kernels' own generator, and validation
+computes in the precision of training.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from acmil.kernels.branch_pool.fused import branch_pool_op
+from acmil.kernels.gated_scores.launches import Rows, choose_tiles, launch_gate, launch_reduce
+from acmil.kernels.top_k_masking.fused import top_k_mask_op
+from acmil.kernels.training_step import GatedParameters
+from acmil.kernels.training_step.fused import TrainingStep
+from acmil.kernels.training_step.parameters import views_of
+from acmil.precision import Precision
+from acmil.selection import EpochRecord, Selection
+from acmil.training import (
+    N_TOP,
+    FitResult,
+    Score,
+    another_seed,
+    assess,
+    check_same_run,
+    checked_bags,
+    learning_rate_at,
+    mean_losses,
+    run_settings,
+    to_cpu,
+)
+
+if TYPE_CHECKING:
+    from acmil.bags import Bag
+    from acmil.engine import TrainingJob
+
+_NAMES = GatedParameters(
+    "reduction.weight", "gate_v.weight", "gate_u.weight", "gate_v.bias", "gate_u.bias", "score.weight", "score.bias",
+    "branch_head.weight", "branch_head.bias", "bag_head.weight", "bag_head.bias",
+)  # type: ignore[arg-type]  # fmt: skip
+_SHARE_OF_MEMORY = 0.9  # of what is free
+_RING = 3  # bags of a lane that may be on their way, or in use, when features are streamed
+_LANES = 4  # streams that several runs are spread over
+_READERS = 8  # threads that read feature files
+_GROWTH = 1.25  # a graph serves bags that differ by at most this factor
+_LEAST_ROWS = 128
+_VAL_ROWS = 65_536  # instances of validation bags that are pooled at once
+
+
+def fit_resident(
+    jobs: "Sequence[TrainingJob]",
+    *,
+    device: torch.device,
+    score: Score,
+    precision: Precision,
+    feature_bytes: int | None = None,
+    lanes: int = _LANES,
+    on_result: Callable[[int, FitResult | Exception], None] | None = None,
+) -> list[FitResult | Exception]:
+    """Train runs together, their features on the GPU once; a run that fails leaves its exception.
+
+    A run's result does not depend, to the bit, on what trains beside it, nor on whether its features are streamed.
+    Bags of one `slide_id` must be the same in all jobs.
+
+    Args:
+        jobs: Runs of `acmil_ga`, one bag a step.
+        device: A GPU; elsewhere the kernels need Triton's interpreter.
+        score: As `fit` takes it.
+        precision: Of the products over instances, in training and validation; features are held in its type.
+        feature_bytes: Room for features on the GPU; None: what is free, but for what the steps need. Bags beyond it
+            stay in page-locked memory and are copied while the steps before theirs run.
+        lanes: Streams that several runs are spread over.
+        on_result: Called with the place of a run and its result, when it has ended.
+
+    Raises:
+        ValueError: If feature sizes differ between jobs.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    results: list[FitResult | Exception | None] = [None] * len(jobs)
+
+    def finish(number: int, result: FitResult | Exception) -> None:
+        results[number] = result
+        if on_result is not None:
+            on_result(number, result)
+
+    named: dict[int, _Sets] = {}
+    for number, job in enumerate(jobs):
+        try:
+            named[number] = _Sets.of(job)
+        except Exception as error:  # noqa: BLE001  of this run alone
+            finish(number, error)
+    if named:
+        n_lanes = min(lanes, len(named)) if device.type == "cuda" else 1
+        scratch = sum(_scratch_bytes(jobs[number], sets, dtype) for number, sets in named.items())
+        slides = [slide for sets in named.values() for slide in (*sets.val, *sets.train)]
+        store = _Store(slides, dtype, device, feature_bytes, scratch, n_lanes)
+        try:
+            all_lanes = [_Lane(store, number) for number in range(n_lanes)]
+            runs: dict[int, _Run] = {}
+            for number, sets in named.items():
+                try:
+                    runs[number] = _Run(jobs[number], sets, store, all_lanes[len(runs) % n_lanes], score, precision)
+                except Exception as error:  # noqa: BLE001  of this run alone
+                    finish(number, error)
+            _train(runs, finish)
+        finally:
+            store.close()
+    return [result for result in results if result is not None]
+
+
+def _train(runs: "dict[int, _Run]", finish: Callable[[int, FitResult | Exception], None]) -> None:
+    """Go through the epochs of all runs: each is queued for the GPU before the one before it is looked at."""
+    going = dict(runs)
+    while going:
+        for act in (_Run.enqueue, _Run.collect):
+            for number, run in list(going.items()):
+                try:
+                    act(run)
+                    result: FitResult | Exception | None = run.result() if run.done else None
+                except Exception as error:  # noqa: BLE001  of this run alone
+                    result = error
+                if result is not None:
+                    del going[number]
+                    finish(number, result)
+
+
+class _Slide(NamedTuple):
+    """A bag by its name; its features are read when they are needed."""
+
+    name: str
+    label: int
+    n_rows: int
+    n_features: int
+    bags: "Sequence[Bag]"
+    index: int
+
+    def read(self) -> Tensor:
+        """Features as stored, (N, D)."""
+        return torch.from_numpy(np.array(self.bags[self.index].features))
+
+
+class _Sets(NamedTuple):
+    """The bags of one run."""
+
+    train: list[_Slide]
+    val: list[_Slide]
+
+    @classmethod
+    def of(cls, job: "TrainingJob") -> "_Sets":
+        return cls(
+            *(
+                [
+                    _Slide(bag.slide_id, bag.label, *bag.features.shape, bags, index)  # type: ignore[arg-type]
+                    for index, bag in enumerate(checked_bags(bags, name, job.model.options["n_classes"]))
+                ]
+                for name, bags in (("train", job.train_bags), ("val", job.val_bags))
+            )
+        )
+
+
+class _Place(NamedTuple):
+    """Where a bag's features are."""
+
+    name: str
+    n_rows: int
+    start: int | None  # row on the device; None: streamed
+    host: Tensor | None  # (N, D), page-locked, if streamed
+
+
+class _Store:
+    """Features of all bags in the type to compute in: rows on the device, a ring behind them, and what is streamed."""
+
+    def __init__(
+        self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int | None, scratch: int, lanes: int
+    ) -> None:
+        self.device = device
+        distinct = {slide.name: slide for slide in reversed(slides)}
+        distinct = {slide.name: distinct[slide.name] for slide in slides}  # in order of first use
+        sizes = {slide.n_features for slide in distinct.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"all runs must have one feature size, got {', '.join(map(str, sorted(sizes)))}.")
+        n_features = sizes.pop()
+        row_bytes = n_features * dtype.itemsize
+        if room is None:
+            room = int(_free_bytes(device) * _SHARE_OF_MEMORY) - scratch
+        self.slot_rows = 0
+        on_device = sum(slide.n_rows for slide in distinct.values())
+        if on_device * row_bytes > room:
+            self.slot_rows = max(slide.n_rows for slide in distinct.values())
+            on_device = max(0, room // row_bytes - lanes * _RING * self.slot_rows)
+        starts, row = {}, 0
+        for slide in distinct.values():
+            if row + slide.n_rows <= on_device:
+                starts[slide.name], row = row, row + slide.n_rows
+        self.ring_start = row
+        self.features = torch.empty((row + lanes * _RING * self.slot_rows, n_features), dtype=dtype, device=device)
+        self.features[row:].zero_()  # rows behind a short bag are read, though never used
+        self._locked: list[Tensor] = []
+        self.places: dict[str, _Place] = {}
+        finite = torch.ones(len(distinct), dtype=torch.bool, device=device)
+        for number, (slide, stored) in enumerate(_read(list(distinct.values()))):
+            features = stored.to(device).to(dtype)
+            finite[number] = features.isfinite().all()
+            start, host = starts.get(slide.name), None
+            if start is None:
+                host = self._lock(features.cpu())
+            else:
+                self.features[start : start + slide.n_rows] = features
+            self.places[slide.name] = _Place(slide.name, slide.n_rows, start, host)
+        self._not_finite = {name for name, good in zip(distinct, finite.tolist(), strict=True) if not good}
+
+    def places_of(self, slides: list[_Slide]) -> list[_Place]:
+        """Where slides are.
+
+        Raises:
+            ValueError: If the features of one are not finite.
+        """
+        for slide in slides:
+            if slide.name in self._not_finite:
+                raise ValueError(
+                    f"features must be finite, got NaN or Inf in bag '{slide.name}'. Preprocess the slide again."
+                )
+        return [self.places[slide.name] for slide in slides]
+
+    def _lock(self, tensor: Tensor) -> Tensor:
+        """Page-lock memory where it is: an allocation of page-locked memory may be twice as large as asked for."""
+        if self.device.type == "cuda":
+            status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            if int(status) == 0:
+                self._locked.append(tensor)
+        return tensor
+
+    def close(self) -> None:
+        """Wait for what is under way, and release the page locks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        while self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._locked.pop().data_ptr())
+
+
+class _Lane:
+    """A stream on which runs take turns, with its own slots of the ring."""
+
+    def __init__(self, store: _Store, number: int) -> None:
+        self.store = store
+        self.on_gpu = store.device.type == "cuda"
+        self._ring = store.ring_start + number * _RING * store.slot_rows
+        self._slot = 0
+        self.hidden = torch.empty(0, device=store.device)
+        if self.on_gpu:
+            self.stream, self._copies = torch.cuda.Stream(store.device), torch.cuda.Stream(store.device)
+            self._free: list[torch.cuda.Event | None] = [None] * _RING
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def current(self) -> Any:
+        """The context in which work is queued on this lane."""
+        return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
+
+    def starts_of(self, places: Sequence[_Place]) -> list[int]:
+        """The rows where bags will begin, if `at` is entered for each of them in this order."""
+        starts, slot = [], self._slot
+        for place in places:
+            if place.start is None:
+                starts.append(self._ring + slot * self.store.slot_rows)
+                slot = (slot + 1) % _RING
+            else:
+                starts.append(place.start)
+        return starts
+
+    @contextmanager
+    def at(self, place: _Place) -> Iterator[int]:
+        """The row where a bag begins; within, what is queued on the lane may read the bag there."""
+        if place.start is not None:
+            yield place.start
+            return
+        assert place.host is not None
+        slot, self._slot = self._slot, (self._slot + 1) % _RING
+        start = self._ring + slot * self.store.slot_rows
+        target = self.store.features[start : start + place.n_rows]
+        if not self.on_gpu:
+            target.copy_(place.host)
+            yield start
+            return
+        with torch.cuda.stream(self._copies):
+            if self._free[slot] is not None:
+                self._copies.wait_event(self._free[slot])
+            target.copy_(place.host, non_blocking=True)
+        self.stream.wait_stream(self._copies)
+        yield start
+        self._free[slot] = self.stream.record_event()
+
+    def room_for(self, n_rows: int, n_hidden: int) -> Tensor:
+        """(n_rows, L) for H of validation, shared by the runs of this lane."""
+        if self.hidden.numel() < n_rows * n_hidden:
+            self.hidden = torch.empty(n_rows * n_hidden, dtype=self.store.features.dtype, device=self.store.device)
+        return self.hidden[: n_rows * n_hidden].view(n_rows, n_hidden)
+
+
+class _Snapshot(NamedTuple):
+    """What an epoch left, copied in the order of the stream."""
+
+    epoch: int
+    order: list[int]
+    order_state: Tensor
+    rate: float
+    losses: Tensor  # (S, 4), on the host, as are the next two
+    logits: Tensor  # (S_val, C)
+    spread: Tensor  # (S_val, 2)
+    master: Tensor
+    optimizer: dict[str, Tensor]
+    ready: "torch.cuda.Event | None"
+
+
+class _Run:
+    """One run: its step, its graphs, and its history."""
+
+    def __init__(
+        self,
+        job: "TrainingJob",
+        sets: _Sets,
+        store: _Store,
+        lane: _Lane,
+        score: Score,
+        precision: Precision,
+    ) -> None:
+        self.job, self.store, self.lane, self.score = job, store, lane, score
+        self.train, self.train_labels = store.places_of(sets.train), [slide.label for slide in sets.train]
+        self.val_names = [slide.name for slide in sets.val]
+        self.val_labels = torch.tensor([slide.label for slide in sets.val])
+        self.settings = run_settings(job, device=store.device, precision=precision, engine="resident")
+        self.order_generator = torch.Generator().manual_seed(job.seed)
+        self.selection, self.queued = Selection(), 0
+        self.pending: deque[_Snapshot] = deque()
+        if job.state is not None:
+            check_same_run(job.state.get("run", {}), self.settings)
+            job.model.load_state_dict(job.state["model"])
+            self.order_generator.set_state(job.state["order_generator"])
+            self.selection = Selection.from_state(job.state)
+            self.queued = len(self.selection.history)
+        device, n_steps = store.device, len(self.train)
+        job.model.to(device)
+        weights = job.model.state_dict()
+        self.step = TrainingStep(
+            GatedParameters(*(weights[name] for name in _NAMES)),
+            features=store.features,
+            bag_offsets=torch.zeros(2 * n_steps, dtype=torch.int64, device=device),  # of each position: start, end
+            labels=torch.zeros(2 * n_steps, dtype=torch.int64, device=device),
+            longest=max(place.n_rows for place in self.train),
+            top_k=job.model.options["mask_top_k"],
+            ratio=job.model.options["mask_ratio"],
+            weight_decay=job.weight_decay,
+            seed=another_seed(job.seed),
+            positions=n_steps,
+        )
+        if job.state is not None:
+            for name, tensor in self._optimizer_state().items():
+                tensor.copy_(job.state["optimizer"][name])
+        self.positions = torch.arange(0, 2 * n_steps, 2, device=device)
+        self.sizes = bucket_sizes([place.n_rows for place in self.train])
+        self.validation = _Validation(self.step, store.places_of(sets.val), lane)
+        self.finished = time.perf_counter()
+        self._capture()
+
+    @property
+    def done(self) -> bool:
+        """Whether every epoch has been looked at."""
+        return len(self.selection.history) >= self.job.epochs
+
+    def enqueue(self) -> None:
+        """Queue the next epoch's training and validation, if there is one."""
+        if self.queued >= self.job.epochs:
+            return
+        epoch = self.queued
+        order = torch.randperm(len(self.train), generator=self.order_generator).tolist()
+        rates = [self._rate(epoch + step / len(order)) for step in range(len(order))]
+        bags = [self.train[index] for index in order]
+        starts = self.lane.starts_of(bags)
+        ends = [start + place.n_rows for start, place in zip(starts, bags, strict=True)]
+        with self.lane.current(), torch.no_grad():
+            step = self.step
+            step.bag_offsets.copy_(self._sent([row for pair in zip(starts, ends, strict=True) for row in pair]))
+            step.labels.copy_(self._sent([label for index in order for label in 2 * [self.train_labels[index]]]))
+            step.schedule(self.positions, self._sent(rates, torch.float64))
+            for index, place in zip(order, bags, strict=True):
+                with self.lane.at(place):
+                    self.replay[self.sizes[index]]()
+            self.validation.forward()
+            snapshot = self._snapshot(epoch, order, rates[-1])
+        self.queued += 1
+        self.pending.append(snapshot)
+
+    def collect(self) -> None:
+        """Look at the epoch before the one queued last, or at the last when no more will come."""
+        if self.pending and (len(self.pending) > 1 or self.queued >= self.job.epochs):
+            self._take_in(self.pending.popleft())
+
+    def _take_in(self, snapshot: _Snapshot) -> None:
+        """Record an epoch, select, and hand out the state to resume from."""
+        if snapshot.ready is not None:
+            snapshot.ready.synchronize()
+        terms = mean_losses(snapshot.losses, [self.train[index].name for index in snapshot.order], snapshot.epoch)
+        validation = assess(snapshot.logits, snapshot.spread, self.val_labels, self.val_names, self.score)
+        now = time.perf_counter()
+        record = EpochRecord(
+            epoch=snapshot.epoch,
+            learning_rate=snapshot.rate,
+            train_loss=terms["total"],
+            train_loss_bag=terms["bag"],
+            train_loss_branch=terms["branch"],
+            train_loss_diversity=terms["diversity"],
+            val_loss=validation.loss,
+            attention_entropy=validation.attention_entropy,
+            attention_top10_mass=validation.attention_top10_mass,
+            seconds=now - self.finished,
+            val=validation.metrics,
+        )
+        self.finished = now
+        weights = self._weights_of(snapshot.master)
+        self.selection.add(record, lambda: to_cpu(weights))
+        if self.job.checkpoint is not None:
+            self.job.checkpoint(
+                {
+                    "run": self.settings,
+                    "model": to_cpu(weights),
+                    "optimizer": to_cpu(snapshot.optimizer),
+                    "order_generator": snapshot.order_state,
+                    **self.selection.as_state(),
+                }
+            )
+        if self.job.on_epoch is not None:
+            self.job.on_epoch(record)
+
+    def result(self) -> FitResult:
+        """What training leaves; the model gets the last weights."""
+        last = to_cpu(self._weights_of(self.step.master))
+        self.job.model.load_state_dict(last)
+        self.job.model.eval()
+        return FitResult(self.selection.best_weights, last, self.selection.best_epoch, self.selection.history)
+
+    def _rate(self, epoch: float) -> float:
+        job = self.job
+        return learning_rate_at(
+            epoch,
+            epochs=job.epochs,
+            learning_rate=job.learning_rate,
+            min_learning_rate=job.min_learning_rate,
+            warmup_epochs=job.warmup_epochs,
+        )
+
+    def _capture(self) -> None:
+        """A graph for each size of bag and one for validation; outside a GPU, the launches themselves."""
+        step, distinct = self.step, sorted(set(self.sizes))
+        with self.lane.current(), torch.no_grad():
+            step.schedule(self.positions, torch.zeros(len(self.train), dtype=torch.float64, device=self.store.device))
+            if self.lane.on_gpu:
+                graphs = step.capture(distinct)
+                self.replay = {size: graph.replay for size, graph in zip(distinct, graphs, strict=True)}
+                self.validation.capture()
+            else:
+                self.replay = {size: lambda size=size: step.launch(size) for size in distinct}
+
+    def _snapshot(self, epoch: int, order: list[int], rate: float) -> _Snapshot:
+        """Copies, queued behind the epoch; the host may read its own once `ready` has come."""
+        losses, logits, spread = (
+            _to_host(tensor)
+            for tensor in (self.step.losses[: len(order)], self.validation.logits, self.validation.spread)
+        )
+        optimizer = {} if self.job.checkpoint is None else self._optimizer_state()
+        return _Snapshot(
+            epoch, order, self.order_generator.get_state(), rate, losses, logits, spread, self.step.master.clone(),
+            {name: tensor.clone() for name, tensor in optimizer.items()},
+            self.lane.stream.record_event() if self.lane.on_gpu else None,
+        )  # fmt: skip
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimizer and the masks go on from: moments, powers of the betas, the number of masks drawn."""
+        return {"moments": self.step.moments, "powers": self.step.powers, "masks_drawn": self.step.cursor[5:6]}
+
+    def _weights_of(self, master: Tensor) -> dict[str, Tensor]:
+        """A state dict of views, in the model's order."""
+        views = dict(zip(_NAMES, views_of(master, self.step.sizes), strict=True))
+        return {name: views[name] for name in self.job.model.state_dict()}
+
+    def _sent(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Values on the device, without waiting for it."""
+        tensor = torch.tensor(values, dtype=dtype)
+        return tensor.pin_memory().to(self.store.device, non_blocking=True) if self.lane.on_gpu else tensor
+
+
+class _Chunk(NamedTuple):
+    """Validation bags that are pooled at once."""
+
+    places: list[_Place]
+    first: int  # place of the first in the validation set
+    offsets: Tensor  # (B+1,)
+    rows: list[int]  # the same, on the host
+
+
+class _Validation:
+    """Logits and spread of the attention of all validation bags, by the weights of a step."""
+
+    def __init__(self, step: TrainingStep, places: list[_Place], lane: _Lane) -> None:
+        self.step, self.lane, device = step, lane, lane.store.device
+        lengths = [place.n_rows for place in places]
+        self._most = max(_VAL_ROWS, *lengths)
+        self._chunks = [self._chunk(places[a:b], a, device) for a, b in _cut(lengths, self._most)]
+        self._hidden = lane.room_for(max(chunk.rows[-1] for chunk in self._chunks), step.sizes.hidden)
+        self.logits = torch.empty((len(places), step.sizes.classes), device=device)
+        self.spread = torch.empty((len(places), 2), device=device)
+        n = torch.tensor(lengths, dtype=torch.float64, device=device)
+        self._scale = torch.where(n > 1, 1 / n.log(), 0.0)
+        self._even = (n == 1).double()  # one tile: attention is as even as it can be
+        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def forward(self) -> None:
+        """Queue the forward of all bags."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            for chunk in self._chunks:
+                self._forward(chunk)
+
+    def capture(self) -> None:
+        """Capture the forward, if all bags are on the device."""
+        if any(place.start is None for chunk in self._chunks for place in chunk.places):
+            return
+        for chunk in self._chunks:
+            self._forward(chunk)
+        torch.cuda.current_stream().synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=self.lane.pool, stream=self.lane.stream):
+            for chunk in self._chunks:
+                self._forward(chunk)
+
+    def _forward(self, chunk: _Chunk) -> None:
+        weights, sizes, store = self.step.weights, self.step.sizes, self.lane.store
+        n_rows = chunk.rows[-1]
+        hidden = self._hidden[:n_rows]
+        for place, row in zip(chunk.places, chunk.rows, strict=False):
+            tiles = choose_tiles(place.n_rows, sizes.hidden, sizes.gate, hidden.dtype, hidden.device)
+            with self.lane.at(place) as start:
+                features = store.features[start : start + place.n_rows]
+                target = hidden[row : row + place.n_rows]
+                launch_reduce(features, weights.reduction, target, Rows(place.n_rows), tiles.reduce)
+        scores = torch.empty((sizes.branches, n_rows), device=hidden.device)
+        tiles = choose_tiles(n_rows, sizes.hidden, sizes.gate, hidden.dtype, hidden.device)
+        launch_gate(hidden, weights, scores, None, Rows(n_rows), tiles.gate)
+        pooled, attention, _ = branch_pool_op(hidden, scores, chunk.offsets, None)
+        of = slice(chunk.first, chunk.first + len(chunk.places))
+        parameters = self.step.parameters
+        self.logits[of] = F.linear(pooled.mean(dim=1), parameters.bag_head_weight, parameters.bag_head_bias)
+        mean = attention.mean(dim=0)  # (ΣN,)
+        top = ~top_k_mask_op(mean[None], self._seed, N_TOP, 1.0, chunk.offsets)[0]  # all of the ten highest
+        parts = torch.stack([torch.special.entr(mean), mean.where(top, 0.0)]).double()
+        totals = F.pad(parts.cumsum(dim=1), (1, 0))[:, chunk.offsets].diff(dim=1)  # (2, B)
+        self.spread[of, 0] = (totals[0] * self._scale[of] + self._even[of]).float()
+        self.spread[of, 1] = totals[1].float()
+
+    @staticmethod
+    def _chunk(places: list[_Place], first: int, device: torch.device) -> _Chunk:
+        rows = np.cumsum([0, *(place.n_rows for place in places)]).tolist()
+        return _Chunk(places, first, torch.tensor(rows, device=device), rows)
+
+
+def bucket_sizes(lengths: Sequence[int]) -> list[int]:
+    """For each bag the most rows of the bags that share its graph, which differ by at most a quarter.
+
+    Examples:
+        >>> bucket_sizes([10, 100, 1000, 1050, 90000])
+        [100, 100, 1050, 1050, 90000]
+    """
+    buckets = [max(0, math.ceil(math.log(max(n, 1) / _LEAST_ROWS, _GROWTH))) for n in lengths]
+    most: dict[int, int] = {}
+    for bucket, n in zip(buckets, lengths, strict=True):
+        most[bucket] = max(n, most.get(bucket, 0))
+    return [most[bucket] for bucket in buckets]
+
+
+def _cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours that together have at most `most` rows."""
+    first, rows = 0, 0
+    for number, n in enumerate(lengths):
+        if rows + n > most:
+            yield first, number
+            first, rows = number, 0
+        rows += n
+    yield first, len(lengths)
+
+
+def _read(slides: list[_Slide]) -> Iterator[tuple[_Slide, Tensor]]:
+    """Slides with their features as stored, read by several threads, a few ahead."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[tuple[_Slide, Future[Tensor]]] = deque()
+        for slide in slides:
+            waiting.append((slide, pool.submit(slide.read)))
+            if len(waiting) > 2 * _READERS:
+                first, features = waiting.popleft()
+                yield first, features.result()
+        for slide, features in waiting:
+            yield slide, features.result()
+
+
+def _scratch_bytes(job: "TrainingJob", sets: _Sets, dtype: torch.dtype) -> int:
+    """About what a run needs beside the features."""
+    options: Mapping[str, Any] = job.model.options
+    longest = max(slide.n_rows for part in sets for slide in part)
+    hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
+    rows = (3 * hidden + 2 * gate) * dtype.itemsize + 16 * branches
+    return max(longest, _VAL_ROWS) * rows + 256 * 2**20
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What may be allocated, the allocator's own reserve included."""
+    if device.type != "cuda":
+        return 2**62
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, queued on the current stream."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

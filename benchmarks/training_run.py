@@ -1,0 +1,297 @@
+"""Speed of training: `cpu` holds the trainer against the loop that is common in the field, on the processor.
+
+    python benchmarks/training_run.py cpu --result benchmarks/results/training_cpu.json
+
+Bags are synthetic: normal features, N = 2,000 tiles of D = 384, K = 5 branches, masks of 10 and 0.6. The common loop
+does the same mathematics with the same optimizer: a head a branch and the cosine of each pair of branches in Python
+loops, the loss read at every step, float32. It is timed with its features in memory and once more with a DataLoader of
+two workers in front. The trainer is `acmil.training.fit` as `acmil train` calls it, with features as they
+are stored (float16) and its time as it records it, validation of one bag included. Before anything is timed the two
+must compute the same losses and gradients. The arms take turns in short rounds; ratios are taken within a round, and
+their median is given, since other work on the machine slows both sides of a round alike.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from acmil.models import create_model
+
+N_CLASSES, N_BRANCHES, N_GATE = 2, 5, 128
+TOP_K, RATIO = 10, 0.6
+RATE, WEIGHT_DECAY = 1e-4, 1e-5
+FLOAT32_ERROR = 1e-5  # of losses, relative
+FLOAT32_GRADIENT_ERROR = 1e-4  # by norm
+BF16_ERROR, BF16_GRADIENT_ERROR = 2**-8, 0.05  # a bf16 number is 2^-9 off; gradients sum such errors of both signs
+
+
+class Bag(NamedTuple):
+    """What `fit` asks of a bag."""
+
+    slide_id: str
+    features: np.ndarray  # (N, D) float16
+    label: int
+
+
+class CommonModel(nn.Module):
+    """ACMIL with gated attention as it is commonly written: a module a branch, one bag with a leading 1."""
+
+    def __init__(self, n_features: int, n_hidden: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(n_features, n_hidden, bias=False)
+        self.gate_v = nn.Linear(n_hidden, N_GATE)
+        self.gate_u = nn.Linear(n_hidden, N_GATE)
+        self.score = nn.Linear(N_GATE, N_BRANCHES)
+        self.branch_heads = nn.ModuleList(nn.Linear(n_hidden, N_CLASSES) for _ in range(N_BRANCHES))
+        self.bag_head = nn.Linear(n_hidden, N_CLASSES)
+
+    def forward(self, features: Tensor, *, masking: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Branch logits (K, C), bag logits (1, C), scores (K, N) of one bag (1, N, D)."""
+        hidden = torch.relu(self.reduction(features[0]))  # (N, L)
+        gate = torch.tanh(self.gate_v(hidden)) * torch.sigmoid(self.gate_u(hidden))
+        scores = self.score(gate).transpose(0, 1)  # (K, N)
+        if masking:
+            scores = scores.masked_fill(self.draw(scores) == 0, -1e9)
+        pooled = torch.softmax(scores, dim=-1) @ hidden  # (K, L)
+        branch_logits = torch.stack([head(pooled[index]) for index, head in enumerate(self.branch_heads)])
+        bag_attention = torch.softmax(scores, dim=-1).mean(dim=0, keepdim=True)  # (1, N)
+        return branch_logits, self.bag_head(bag_attention @ hidden), scores
+
+    @staticmethod
+    def draw(scores: Tensor) -> Tensor:
+        """Masks (K, N), 0 for what is hidden."""
+        n_top = min(TOP_K, scores.shape[1])
+        top = scores.topk(n_top, dim=-1).indices
+        chosen = torch.rand(top.shape, device=scores.device).argsort(dim=-1)[:, : int(n_top * RATIO)]
+        return torch.ones_like(scores).scatter_(-1, top.gather(-1, chosen), 0)
+
+
+def common_losses(model: CommonModel, features: Tensor, label: Tensor, *, masking: bool) -> tuple[Tensor, ...]:
+    """Bag, branch and diversity losses, the pairs of branches one by one."""
+    branch_logits, bag_logits, scores = model(features, masking=masking)
+    branch = F.cross_entropy(branch_logits, label.repeat_interleave(N_BRANCHES))
+    attention = torch.softmax(scores, dim=-1)
+    diversity = torch.zeros(())
+    for first in range(N_BRANCHES):
+        for second in range(first + 1, N_BRANCHES):
+            diversity = diversity + torch.cosine_similarity(attention[first], attention[second], dim=-1)
+    return F.cross_entropy(bag_logits, label), branch, diversity / (N_BRANCHES * (N_BRANCHES - 1) / 2)
+
+
+def common_epoch(model: CommonModel, bags: Iterator[tuple[Tensor, Tensor]], n_bags: int) -> float:
+    """One epoch of the common loop; its seconds."""
+    started = time.perf_counter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+    total = 0.0
+    for step, (features, label) in enumerate(bags):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * 0.5 * (1 + np.cos(np.pi * step / n_bags))
+        loss = sum(common_losses(model, features, label, masking=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    if not np.isfinite(total):
+        raise ArithmeticError(f"the common loop's loss must be finite, got {total}.")
+    return time.perf_counter() - started
+
+
+class Held(torch.utils.data.Dataset):
+    """Bags in memory as float32, for the DataLoader."""
+
+    def __init__(self, bags: list[tuple[Tensor, int]]) -> None:
+        self.bags = bags
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.bags[index]
+
+
+def make_bags(n_bags: int, n_tiles: int, n_features: int) -> list[Bag]:
+    """Normal features, as a backbone with a final LayerNorm gives them, stored as the feature files store them."""
+    generator = np.random.default_rng(0)
+    return [
+        Bag(f"synthetic_{i}", generator.standard_normal((n_tiles, n_features), np.float32).astype(np.float16), i % 2)
+        for i in range(n_bags)
+    ]
+
+
+def make_model(n_features: int) -> Any:
+    """The model that is trained; always the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return create_model(
+            "acmil_ga", in_features=n_features, n_classes=N_CLASSES, n_branches=N_BRANCHES, mask_top_k=TOP_K,
+            mask_ratio=RATIO, attention_features=N_GATE,
+        )  # fmt: skip
+
+
+def common_model_of(model: Any) -> CommonModel:
+    """The common model with the weights of ours."""
+    common = CommonModel(model.options["in_features"], model.options["hidden_features"])
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("branch_head")}
+    for index in range(N_BRANCHES):
+        weights |= {
+            f"branch_heads.{index}.{name}": getattr(model.branch_head, name)[index] for name in ("weight", "bias")
+        }
+    common.load_state_dict(weights)
+    return common
+
+
+def trainer_epoch(bags: list[Bag], n_features: int, *, precision: str) -> float:
+    """One epoch of `fit`; its seconds, as it records them."""
+    from acmil.training import fit
+
+    result = fit(
+        make_model(n_features), bags, bags[:1], epochs=1, learning_rate=RATE, min_learning_rate=0.0, warmup_epochs=0.0,
+        weight_decay=WEIGHT_DECAY, seed=0, device="cpu", precision=precision,
+        score=lambda labels, probabilities: {"f1_macro": 0.0, "auroc": 0.0},
+    )  # fmt: skip
+    return result.history[0].seconds
+
+
+def errors_of_losses(bag: Bag, n_features: int, *, precision: str) -> dict[str, float]:
+    """Relative error of the loss, and of the worst gradient by norm, of ours against the common model, masking off."""
+    from acmil.precision import as_computed
+
+    model = make_model(n_features)
+    model.mask_top_k = 0
+    common = common_model_of(model)
+    features, label = torch.from_numpy(bag.features), torch.tensor([bag.label])
+    expected = sum(common_losses(common, features.float()[None], label, masking=False))
+    expected.backward()
+    out = model(as_computed(features, precision))
+    terms = model.loss(out, label)
+    terms.total.backward()
+    gradients = {name: parameter.grad for name, parameter in common.named_parameters()}
+    for name in ("weight", "bias"):
+        rows = [gradients.pop(f"branch_heads.{index}.{name}") for index in range(N_BRANCHES)]
+        gradients[f"branch_head.{name}"] = torch.stack(rows)
+    errors = {
+        name: float((parameter.grad - gradients[name]).norm() / gradients[name].norm())
+        for name, parameter in model.named_parameters()
+        if name != "score.bias"  # softmax is blind to it: its gradient is nothing but rounding
+    }
+    return {"loss": abs((terms.total / expected).item() - 1), "gradient": max(errors.values())}
+
+
+def check(bag: Bag, n_features: int) -> dict[str, dict[str, float]]:
+    """Refuse to time loops that compute different things."""
+    limits = {"fp32": (FLOAT32_ERROR, FLOAT32_GRADIENT_ERROR), "bf16": (BF16_ERROR, BF16_GRADIENT_ERROR)}
+    errors = {precision: errors_of_losses(bag, n_features, precision=precision) for precision in limits}
+    for precision, (loss, gradient) in limits.items():
+        found = errors[precision]
+        if found["loss"] > loss or found["gradient"] > gradient:
+            raise ArithmeticError(
+                f"{precision} must agree with the common loop to {loss:g}, {gradient:g}, got {found}."
+            )
+    return errors
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, and the least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def on_cpu(options: argparse.Namespace) -> dict[str, Any]:
+    """All arms in turns, round after round."""
+    torch.set_num_threads(options.threads)
+    bags = make_bags(options.bags, options.tiles, options.features)
+    errors = check(bags[0], options.features)
+    print(f"same losses: {errors}", flush=True)
+    held = [(torch.from_numpy(bag.features).float(), bag.label) for bag in bags]
+
+    def in_memory() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(held)).tolist():
+            yield held[index][0][None], torch.tensor([held[index][1]])
+
+    def common(stream: Callable[[], Any]) -> float:
+        return common_epoch(common_model_of(make_model(options.features)), stream(), len(held))
+
+    loader = torch.utils.data.DataLoader(Held(held), batch_size=1, shuffle=True, num_workers=2)
+    arms: dict[str, Callable[[], float]] = {
+        "common loop": lambda: common(in_memory),
+        "common loop, DataLoader": lambda: common(lambda: loader),
+        "trainer, fp32": lambda: trainer_epoch(bags, options.features, precision="fp32"),
+        "trainer, bf16": lambda: trainer_epoch(bags, options.features, precision="bf16"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(options.rounds + 1):
+        for name, arm in arms.items():
+            rate = len(bags) / arm()
+            if number:  # the first round warms up
+                rates[name].append(rate)
+    base = rates["common loop"]
+    ratios = {name: [rate / of for rate, of in zip(values, base, strict=True)] for name, values in rates.items()}
+    return {
+        "command": "cpu",
+        "circumstances": circumstances(),
+        "options": {name: getattr(options, name) for name in ("bags", "tiles", "features", "rounds", "threads")},
+        "errors": errors,
+        "steps_per_s": {name: spread(values) for name, values in rates.items()},
+        "times_the_common_loop": {name: spread(values) for name, values in ratios.items()},
+        "rounds": rates,
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and with what this ran."""
+    from acmil.environment import describe_machine
+
+    return {
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average_1min": os.getloadavg()[0],
+    }
+
+
+def show_cpu(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    lines = ["| | steps/s: median (least to most) | times the common loop |", "|---|---|---|"]
+    for name, rate in result["steps_per_s"].items():
+        ratio = result["times_the_common_loop"][name]
+        lines.append(
+            f"| {name} | {rate['median']:.0f} ({rate['least']:.0f} to {rate['most']:.0f}) "
+            f"| {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line, measure, show and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    cpu = commands.add_parser("cpu", help="the trainer against the common loop, on the processor")
+    cpu.add_argument("--bags", type=int, default=64, help="bags, and steps a round")
+    cpu.add_argument("--tiles", type=int, default=2000)
+    cpu.add_argument("--features", type=int, default=384)
+    cpu.add_argument("--rounds", type=int, default=7)
+    cpu.add_argument("--threads", type=int, default=os.cpu_count())
+    cpu.add_argument("--result", type=Path, help="JSON file to write")
+    cpu.set_defaults(measure=on_cpu, show=show_cpu)
+    options = parser.parse_args()
+    result = options.measure(options)
+    print(options.show(result))
+    if options.result:
+        options.result.parent.mkdir(parents=True, exist_ok=True)
+        options.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
