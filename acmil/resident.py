@@ -218,6 +218,7 @@ class _Store:
                 self.features[start : start + slide.n_rows] = features
             self.places[slide.name] = _Place(slide.name, slide.n_rows, start, host)
         self._not_finite = {name for name, good in zip(distinct, finite.tolist(), strict=True) if not good}
+        self.ready_since = time.perf_counter()
 
     def places_of(self, slides: list[_Slide]) -> list[_Place]:
         """Where slides are.
@@ -368,7 +369,7 @@ class _Run:
         self.positions = torch.arange(0, 2 * n_steps, 2, device=device)
         self.sizes = bucket_sizes([place.n_rows for place in self.train])
         self.validation = _Validation(self.step, store.places_of(sets.val), lane)
-        self.finished = time.perf_counter()
+        self.finished = store.ready_since
         self._capture()
 
     @property
@@ -520,6 +521,7 @@ class _Validation:
         n = torch.tensor(lengths, dtype=torch.float64, device=device)
         self._scale = torch.where(n > 1, 1 / n.log(), 0.0)
         self._even = (n == 1).double()  # one tile: attention is as even as it can be
+        self._few = n <= N_TOP  # the mask may keep one of so few, though all are the highest
         self._seed = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -565,7 +567,7 @@ class _Validation:
         parts = torch.stack([torch.special.entr(mean), mean.where(top, 0.0)]).double()
         totals = F.pad(parts.cumsum(dim=1), (1, 0))[:, chunk.offsets].diff(dim=1)  # (2, B)
         self.spread[of, 0] = (totals[0] * self._scale[of] + self._even[of]).float()
-        self.spread[of, 1] = totals[1].float()
+        self.spread[of, 1] = torch.where(self._few[of], 1.0, totals[1]).float()
 
     @staticmethod
     def _chunk(places: list[_Place], first: int, device: torch.device) -> _Chunk:
