@@ -112,6 +112,8 @@ def test_200_steps_agree_with_the_eager_engine_by_the_same_masks(device, monkeyp
     check_close(result._replace(history=result.history[:2]), expected._replace(history=expected.history[:2]), 1e-5)
     assert result.history[-1].train_loss < 0.8 * result.history[0].train_loss
     for name, weight in result.last_weights.items():
+        if name == "score.bias":
+            continue  # softmax is blind to it: its gradient is rounding alone, which AdamW scales up to a step
         torch.testing.assert_close(weight, expected.last_weights[name], rtol=5e-3, atol=5e-3)
 
 
