@@ -1,6 +1,7 @@
-"""Speed of training: `cpu` holds the trainer against the loop that is common in the field, on the processor.
+"""Speed of training: `cpu` holds the trainer against the loop that is common in the field, `gpu` times whole runs.
 
     python benchmarks/training_run.py cpu --result benchmarks/results/training_cpu.json
+    python benchmarks/training_run.py gpu --result benchmarks/results/training_gpu.json
 
 Bags are synthetic: normal features, N = 2,000 tiles of D = 384, K = 5 branches, masks of 10 and 0.6. The common loop
 does the same mathematics with the same optimizer: a head a branch and the cosine of each pair of branches in Python
@@ -9,6 +10,11 @@ two workers in front. The trainer is `acmil.training.fit` as `acmil train` calls
 are stored (float16) and its time as it records it, validation of one bag included. Before anything is timed the two
 must compute the same losses and gradients. The arms take turns in short rounds; ratios are taken within a round, and
 their median is given, since other work on the machine slows both sides of a round alike.
+
+`gpu`: synthetic bags of the number of Camelyon16's slides, 270 and 129, lengths log-normal around 10,000 (sigma 0.5),
+D = 1024, float16. The resident engine trains one run with its features in host memory, one from feature files, and 25
+that differ in fold and seed, together; the eager engine a few epochs. Kernels are compiled before, by an epoch of each
+engine. Before anything is timed the engines must agree on the losses of an epoch without masks.
 """
 
 import argparse
@@ -32,6 +38,8 @@ from acmil.models import create_model
 N_CLASSES, N_BRANCHES, N_GATE = 2, 5, 128
 TOP_K, RATIO = 10, 0.6
 RATE, WEIGHT_DECAY = 1e-4, 1e-5
+GPU_FEATURES = 1024
+GPU_ERROR = 0.01  # of the mean losses of an epoch in bf16, relative
 FLOAT32_ERROR = 1e-5  # of losses, relative
 FLOAT32_GRADIENT_ERROR = 1e-4  # by norm
 BF16_ERROR, BF16_GRADIENT_ERROR = 2**-8, 0.05  # a bf16 number is 2^-9 off; gradients sum such errors of both signs
@@ -248,6 +256,135 @@ def on_cpu(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def camelyon_bags(device: torch.device, scale: float) -> list[Bag]:
+    """399 bags; made on the GPU, for speed."""
+    lengths = np.random.default_rng(0).lognormal(np.log(10_000 * scale), 0.5, 399).astype(int).clip(1)
+    generator = torch.Generator(device).manual_seed(0)
+    bags = []
+    for number, n in enumerate(lengths):
+        features = torch.randn((n, GPU_FEATURES), generator=generator, device=device).half().cpu().numpy()
+        bags.append(Bag(f"synthetic_{number}", features, number % 2))
+    return bags
+
+
+def write_bags(folder: Path, bags: list[Bag]) -> None:
+    """The bags as feature files."""
+    from acmil.preprocessing.feature_file import FeatureMeta, write_feature_file
+
+    for bag in bags:
+        n = len(bag.features)
+        meta = FeatureMeta(bag.slide_id, "synthetic", "", "", 224, 448, 0, 448 * n, 448, 0.25, 0.5)
+        coords = np.stack([448 * np.arange(n), np.zeros(n, np.int64)], axis=1)
+        write_feature_file(
+            folder / f"{bag.slide_id}.h5", features=bag.features, coords=coords, tissue_fraction=np.ones(n), meta=meta
+        )
+
+
+def gpu_job(train: Any, val: Any, *, seed: int, epochs: int, masks: bool = True) -> Any:
+    """A run of the reference's recipe."""
+    from acmil.engine import TrainingJob
+
+    model = make_model(GPU_FEATURES)
+    model.mask_top_k = model.options["mask_top_k"] = TOP_K if masks else 0
+    return TrainingJob(
+        model, train, val, epochs=epochs, learning_rate=RATE, min_learning_rate=0.0, warmup_epochs=0.0,
+        weight_decay=WEIGHT_DECAY, seed=seed,
+    )  # fmt: skip
+
+
+def timed_jobs(jobs: list[Any], engine: str, device: torch.device) -> dict[str, Any]:
+    """Seconds, with and without bringing features to the GPU, and the memory beside the features."""
+    from acmil.engine import fit_jobs
+    from acmil.metrics import classification_metrics
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    results = fit_jobs(jobs, engine=engine, device=device, score=classification_metrics, precision="bf16")
+    whole = time.perf_counter() - started
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    n_steps = sum(len(job.train_bags) * job.epochs for job in jobs)
+    longest = max(sum(record.seconds for record in result.history) for result in results)
+    return {
+        "whole_s": whole,
+        "from_gpu_memory_s": longest,
+        "ms_a_step_with_validation": 1e3 * longest / n_steps,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "losses": [[record.train_loss, record.val_loss] for record in (results[0].history[0], results[0].history[-1])],
+    }
+
+
+def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
+    """Whole runs."""
+    import tempfile
+
+    from acmil.bags import BagDataset
+    from acmil.cohort import CohortRow
+
+    device = torch.device("cuda")
+    bags = camelyon_bags(device, options.scale)
+    train, val = bags[:270], bags[270:]
+    arms: dict[str, Any] = {}
+
+    def measure(name: str, jobs: Callable[[], list[Any]], engine: str) -> dict[str, Any]:
+        arms[name] = timed_jobs(jobs(), engine, device)
+        print(name, arms[name], flush=True)
+        return arms[name]
+
+    resident, eager = (
+        measure(f"{engine}, 1 epoch, no masks", lambda: [gpu_job(train, val, seed=0, epochs=1, masks=False)], engine)
+        for engine in ("resident", "eager")
+    )
+    difference = np.abs(np.array(resident["losses"]) / np.array(eager["losses"]) - 1).max()
+    if not difference < GPU_ERROR:
+        raise ArithmeticError(f"the engines' losses must agree to {GPU_ERROR:g}, differ by {difference:g}.")
+    measure("eager, 2 epochs", lambda: [gpu_job(train, val, seed=0, epochs=2)], "eager")
+    for number in range(options.rounds):
+        measure(
+            f"resident, one run, {number}", lambda: [gpu_job(train, val, seed=0, epochs=options.epochs)], "resident"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        write_bags(Path(folder), bags)
+        rows = [CohortRow(bag.slide_id, str(bag.label), bag.slide_id, None) for bag in bags]
+
+        def from_files() -> list[Any]:
+            data = BagDataset(Path(folder), rows, classes=("0", "1"), check_values=False)
+            names = [row.slide_id for row in rows]
+            return [gpu_job(data.select(names[:270]), data.select(names[270:]), seed=0, epochs=options.epochs)]
+
+        started = time.perf_counter()
+        measure("resident, one run from files", from_files, "resident")
+        arms["resident, one run from files"]["with_opening_s"] = time.perf_counter() - started
+
+    def grid() -> list[Any]:
+        folds = [bags[k::5] for k in range(5)]
+        jobs = []
+        for fold in range(5):
+            others = [bag for k in range(5) if k != fold for bag in folds[k]]
+            jobs += [gpu_job(others[:270], folds[fold], seed=seed, epochs=options.epochs) for seed in range(5)]
+        return jobs
+
+    measure("resident, 25 runs", grid, "resident")
+    return {
+        "command": "gpu",
+        "circumstances": circumstances() | {"gpu": torch.cuda.get_device_name()},
+        "options": {name: getattr(options, name) for name in ("epochs", "rounds", "scale")},
+        "instances": {"train": sum(len(bag.features) for bag in train), "val": sum(len(bag.features) for bag in val)},
+        "difference_of_losses": float(difference),
+        "arms": arms,
+    }
+
+
+def show_gpu(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    lines = ["| | s from GPU memory | s in all | peak GB |", "|---|---|---|---|"]
+    for name, arm in result["arms"].items():
+        lines.append(f"| {name} | {arm['from_gpu_memory_s']:.2f} | {arm['whole_s']:.2f} | {arm['peak_gb']:.2f} |")
+    return "\n".join(lines)
+
+
 def circumstances() -> dict[str, Any]:
     """Where and with what this ran."""
     from acmil.environment import describe_machine
@@ -285,6 +422,12 @@ def main() -> None:
     cpu.add_argument("--threads", type=int, default=os.cpu_count())
     cpu.add_argument("--result", type=Path, help="JSON file to write")
     cpu.set_defaults(measure=on_cpu, show=show_cpu)
+    gpu = commands.add_parser("gpu", help="whole runs, on a GPU")
+    gpu.add_argument("--epochs", type=int, default=100)
+    gpu.add_argument("--rounds", type=int, default=3, help="repetitions of the single run")
+    gpu.add_argument("--scale", type=float, default=1.0, help="of the bags' lengths")
+    gpu.add_argument("--result", type=Path, help="JSON file to write")
+    gpu.set_defaults(measure=on_gpu, show=show_gpu)
     options = parser.parse_args()
     result = options.measure(options)
     print(options.show(result))

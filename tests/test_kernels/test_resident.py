@@ -117,10 +117,10 @@ def test_200_steps_agree_with_the_eager_engine_by_the_same_masks(device, monkeyp
         torch.testing.assert_close(weight, expected.last_weights[name], rtol=5e-3, atol=5e-3)
 
 
-@pytest.mark.xfail(reason="losses of 1e8 at D = 32, L = 16 in the interpreter; the cause is not known", strict=True)
+@pytest.mark.gpu  # the interpreter gets products of bf16 wrong
 def test_bf16_agrees_with_the_eager_engine_to_its_rounding(device):
-    (result,) = train([make_job(mask_top_k=0, epochs=2)], device, precision="bf16")
-    expected = fit(**vars(make_job(mask_top_k=0, epochs=2)), device=device, score=score, precision="bf16")
+    (result,) = train([make_job(mask_top_k=0, epochs=25)], device, precision="bf16")
+    expected = fit(**vars(make_job(mask_top_k=0, epochs=25)), device=device, score=score, precision="bf16")
     losses = [[row[name] for name in row if "loss" in name] for row in rows(result)]
     others = [[row[name] for name in row if "loss" in name] for row in rows(expected)]
     np.testing.assert_allclose(losses, others, rtol=2e-2, atol=2e-2)
@@ -143,11 +143,11 @@ def test_runs_together_give_what_each_gives_alone(device):
 
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_streamed_features_give_the_same_bits(device, share):
-    (expected,) = train([make_job()], device, precision="bf16")
+    (expected,) = train([make_job()], device)
     n_rows = sum(LENGTHS) + sum(VAL_LENGTHS)
     ring = 3 * max(LENGTHS)
-    room = int((share * n_rows + ring) * N_FEATURES * 2)
-    (result,) = train([make_job()], device, precision="bf16", feature_bytes=room)
+    room = int((share * n_rows + ring) * N_FEATURES * 4)
+    (result,) = train([make_job()], device, feature_bytes=room)
     check_same(result, expected)
 
 
