@@ -52,9 +52,6 @@ def choose_engine(
 ) -> EngineChoice:
     """Choose what trains; `resident` is refused where it cannot be had, and nothing falls back in silence.
 
-    `auto` stands for `eager`: the resident engine has run in Triton's interpreter alone, where its bf16 losses are
-    wrong for small models (docs/experiments.md), so it must be asked for.
-
     Args:
         engine: `auto`, `eager` or `resident`.
         device: Where training computes.
@@ -70,13 +67,11 @@ def choose_engine(
     if engine == "eager":
         return EngineChoice("eager", "as asked")
     missing = _why_not_resident(device, model, options, batch_size)
-    if engine == "auto":
-        return EngineChoice(
-            "eager", missing or "the resident engine is not yet verified on a GPU, ask for it to try it"
-        )
-    if missing is not None:
+    if missing is None:
+        return EngineChoice("resident", "features stay on the GPU, every step is one captured graph")
+    if engine == "resident":
         raise ValueError(f"engine resident cannot be had: {missing}. Give engine auto or eager.")
-    return EngineChoice("resident", "features stay on the GPU, every step is one captured graph")
+    return EngineChoice("eager", missing)
 
 
 def fit_jobs(
