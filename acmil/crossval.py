@@ -187,8 +187,8 @@ def _train(
 
 def _in_force(run: Path) -> tuple[str, str]:
     """Precision and engine of a finished run."""
-    in_force = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("in_force", {})
-    return in_force.get("precision", "fp32"), in_force.get("engine", "eager")
+    in_force = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["in_force"]
+    return in_force["precision"], in_force["engine"]
 
 
 def _reporter(entry: _Entry, progress: "Progress | None") -> Callable[[EpochRecord], None]:
@@ -215,11 +215,10 @@ def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[s
             f"--out must be a folder of its own, {path} is not that of a cross-validation. Give another --out."
         )
     now = config.model_dump(mode="json")
-    defaults = {key: field.default for key, field in type(config).model_fields.items()}  # of options younger than it
     changed = [
-        f"{key}: {before.get(key, defaults[key])} → {now[key]}"
+        f"{key}: {before.get(key)} → {now[key]}"
         for key in now
-        if key not in _MAY_DIFFER and before.get(key, defaults[key]) != now[key]
+        if key not in _MAY_DIFFER and before.get(key) != now[key]
     ]
     if changed:
         raise RunError(

@@ -125,13 +125,17 @@ def _gpu() -> Finding:
 
 
 def _training() -> Finding:
+    from acmil.engine import choose_engine
+    from acmil.models import create_model, defaults
     from acmil.precision import choose_precision
     from acmil.preprocessing.devices import choose_device
 
     device = choose_device("auto")
     precision, reason = choose_precision("auto", device)
-    found = f"one bag a step, on the {'GPU' if device.type == 'cuda' else 'CPU'}, in {precision}"
-    meaning = f"{reason}; bags are kept in memory as stored, nothing is read twice"
+    options = create_model(defaults.MODEL, in_features=1024, n_classes=2).options
+    engine, why = choose_engine("auto", device=device, model=defaults.MODEL, options=options)
+    found = f"engine {engine}, on the {'GPU' if device.type == 'cuda' else 'CPU'}, in {precision}"
+    meaning = f"{why}; {reason}"
     return Finding("training", found, meaning, "ok" if precision == "bf16" else "slow")
 
 

@@ -292,11 +292,10 @@ def _refuse_another_run(config: "TrainConfig", cohort: Cohort) -> None:
         return
     before = _options_of(config.out / "config.yaml")
     now = config.model_dump(mode="json")
-    defaults = {key: field.default for key, field in type(config).model_fields.items()}  # of options younger than a run
     changed = [
-        f"{key}: {before.get(key, defaults[key])} → {now[key]}"
+        f"{key}: {before.get(key)} → {now[key]}"
         for key in now
-        if key not in _WHERE_ONLY | _BY_WHAT_IT_IS and before.get(key, defaults[key]) != now[key]
+        if key not in _WHERE_ONLY | _BY_WHAT_IT_IS and before.get(key) != now[key]
     ]
     if changed:
         raise RunError(
@@ -314,7 +313,7 @@ def _resume(config: "TrainConfig", cohort: Cohort, means: Means) -> dict[str, An
     if not (config.out / "config.yaml").is_file() or not (config.out / "state.pt").is_file():
         return None
     state = load_state(config.out / "state.pt")
-    precision, engine = state["run"].get("precision", "fp32"), state["run"].get("engine", "eager")
+    precision, engine = state["run"]["precision"], state["run"]["engine"]
     if precision != means.precision:
         raise RunError(
             f"{config.out} was begun in {precision}, here it would go on in {means.precision}. "
