@@ -103,7 +103,7 @@ def fit_jobs(
     results: list[FitResult | Exception] = []
     for number, job in enumerate(jobs):
         try:
-            result = fit(**vars(job), device=device, score=score, precision=precision)
+            result: FitResult | Exception = fit(**vars(job), device=device, score=score, precision=precision)
         except Exception as error:  # noqa: BLE001  one run's end is not the others'
             result = error
         results.append(result)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     from acmil.bags import Bag
     from acmil.engine import TrainingJob
 
-_NAMES = GatedParameters(
+_NAMES = (  # in a state dict, in the order of `GatedParameters`
     "reduction.weight", "gate_v.weight", "gate_u.weight", "gate_v.bias", "gate_u.bias", "score.weight", "score.bias",
     "branch_head.weight", "branch_head.bias", "bag_head.weight", "bag_head.bias",
-)  # type: ignore[arg-type]  # fmt: skip
+)  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
 _RING = 3  # bags of a lane that may be on their way, or in use, when features are streamed
 _LANES = 4  # streams that several runs are spread over
@@ -142,11 +143,11 @@ class _Slide(NamedTuple):
     n_rows: int
     n_features: int
     bags: "Sequence[Bag]"
-    index: int
+    number: int  # in the bags
 
     def read(self) -> Tensor:
         """Features as stored, (N, D)."""
-        return torch.from_numpy(np.array(self.bags[self.index].features))
+        return torch.from_numpy(np.array(self.bags[self.number].features))
 
 
 class _Sets(NamedTuple):
@@ -157,15 +158,18 @@ class _Sets(NamedTuple):
 
     @classmethod
     def of(cls, job: "TrainingJob") -> "_Sets":
-        return cls(
-            *(
-                [
-                    _Slide(bag.slide_id, bag.label, *bag.features.shape, bags, index)  # type: ignore[arg-type]
-                    for index, bag in enumerate(checked_bags(bags, name, job.model.options["n_classes"]))
-                ]
-                for name, bags in (("train", job.train_bags), ("val", job.val_bags))
-            )
-        )
+        n_classes = job.model.options["n_classes"]
+        return cls(_slides(job.train_bags, "train", n_classes), _slides(job.val_bags, "val", n_classes))
+
+
+def _slides(bags: "Sequence[Bag]", name: str, n_classes: int) -> list[_Slide]:
+    """The bags of a set by their names."""
+    slides = []
+    for number, bag in enumerate(checked_bags(bags, name, n_classes)):
+        assert bag.label is not None
+        n_rows, n_features = bag.features.shape
+        slides.append(_Slide(bag.slide_id, bag.label, n_rows, n_features, bags, number))
+    return slides
 
 
 class _Place(NamedTuple):
@@ -293,8 +297,8 @@ class _Lane:
             yield start
             return
         with torch.cuda.stream(self._copies):
-            if self._free[slot] is not None:
-                self._copies.wait_event(self._free[slot])
+            if (free := self._free[slot]) is not None:
+                self._copies.wait_event(free)
             target.copy_(place.host, non_blocking=True)
         self.stream.wait_stream(self._copies)
         yield start
@@ -468,7 +472,7 @@ class _Run:
                 self.replay = {size: graph.replay for size, graph in zip(distinct, graphs, strict=True)}
                 self.validation.capture()
             else:
-                self.replay = {size: lambda size=size: step.launch(size) for size in distinct}
+                self.replay = {size: partial(step.launch, size) for size in distinct}
 
     def _snapshot(self, epoch: int, order: list[int], rate: float) -> _Snapshot:
         """Copies, queued behind the epoch; the host may read its own once `ready` has come."""

@@ -129,7 +129,7 @@ def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
 
 def _options(tensor: Tensor, tile: Tile, *, fast: bool = False) -> dict[str, object]:
     """What every launch is told besides its operands; `fast`: the kernel has functions that may be approximated."""
-    options = {"FAST": may_approximate(tensor.dtype, tensor.device)} if fast else {}
+    options: dict[str, object] = {"FAST": may_approximate(tensor.dtype, tensor.device)} if fast else {}
     options |= {"PRECISION": dot_precision(tensor.dtype), **chained(tensor.device)}
     return {**options, "num_warps": tile.warps, "num_stages": tile.stages}
 
