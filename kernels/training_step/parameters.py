@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 class GatedParameters(NamedTuple):
-    """Parameters in the order in which they lie in a flat buffer; matrices first, which begin at multiples of 16."""
+    """Parameters in the order in which they lie in a flat buffer; the names are those of a state dict."""
 
     reduction_weight: Tensor  # W1 (L, D)
     v_weight: Tensor  # V (A, L)
     u_weight: Tensor  # U (A, L)
-    branch_head_weight: Tensor  # Wc (K, C, L)
-    bag_head_weight: Tensor  # Ws (C, L)
     v_bias: Tensor  # bV (A,)
     u_bias: Tensor  # bU (A,)
     score_weight: Tensor  # w (K, A)
     score_bias: Tensor  # b (K,)
+    branch_head_weight: Tensor  # Wc (K, C, L)
     branch_head_bias: Tensor  # bc (K, C)
+    bag_head_weight: Tensor  # Ws (C, L)
     bag_head_bias: Tensor  # bs (C,)
 
 
