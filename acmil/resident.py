@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from acmil.engine import TrainingJob
 
 _NAMES = (  # in a state dict, in the order of `GatedParameters`
-    "reduction.weight", "gate_v.weight", "gate_u.weight", "gate_v.bias", "gate_u.bias", "score.weight", "score.bias",
-    "branch_head.weight", "branch_head.bias", "bag_head.weight", "bag_head.bias",
+    "reduction.weight", "gate_v.weight", "gate_u.weight", "branch_head.weight", "bag_head.weight", "gate_v.bias",
+    "gate_u.bias", "score.weight", "score.bias", "branch_head.bias", "bag_head.bias",
 )  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
 _RING = 3  # bags of a lane that may be on their way, or in use, when features are streamed

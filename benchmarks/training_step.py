@@ -100,9 +100,9 @@ def parameters_of(model: Any) -> Any:
     from acmil.kernels.training_step import GatedParameters
 
     return GatedParameters(
-        model.reduction.weight, model.gate_v.weight, model.gate_u.weight, model.gate_v.bias, model.gate_u.bias,
-        model.score.weight, model.score.bias, model.branch_head.weight, model.branch_head.bias,
-        model.bag_head.weight, model.bag_head.bias,
+        model.reduction.weight, model.gate_v.weight, model.gate_u.weight, model.branch_head.weight,
+        model.bag_head.weight, model.gate_v.bias, model.gate_u.bias, model.score.weight, model.score.bias,
+        model.branch_head.bias, model.bag_head.bias,
     )  # fmt: skip
 
 
@@ -122,8 +122,8 @@ def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) ->
 def poison(step: Any) -> None:
     """Fill every buffer that a step should write with NaN."""
     buffers = (
-        step.hidden, step.gate, step.d_reduced, step.scores, *step.partials, step.pooled, step.d_pooled, step.stats,
-        step.gram, step.d_pairs, step.correction, step.d_heads, step.small, step.large, step.losses,
+        step.hidden, step.gate, step.d_gate, step.d_reduced, step.scores, step.projections, step.maxima, step.sums,
+        step.stats, step.d_logits, step.d_pairs, step.correction, step.shares, step.small, step.large, step.losses,
     )  # fmt: skip
     for buffer in buffers:
         buffer.fill_(float("nan"))
@@ -321,8 +321,9 @@ def inference_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool
     from acmil.kernels import gated_attention_pool
 
     choose_operators(fused=fused)
-    p = [parameter.detach().to(bags.features.dtype) for parameter in parameters_of(make_model(shape, device))]
-    weights = (p[0], p[1], p[3], p[2], p[4], p[5], p[6])
+    exact = parameters_of(make_model(shape, device))
+    p = type(exact)(*(parameter.detach().to(bags.features.dtype) for parameter in exact))
+    weights = (p.reduction_weight, p.v_weight, p.v_bias, p.u_weight, p.u_bias, p.score_weight, p.score_bias)
     parts = bags.features.split(shape.n)
     with torch.no_grad():
         gated_attention_pool(parts[0], *weights)
@@ -346,7 +347,7 @@ def launch_times(step: Any, repeats: int = 10) -> dict[str, float]:
 
     calls: dict[str, Callable[[], Any]] = {}
     places = [(fused, name) for name in vars(fused) if name.startswith("launch_")]
-    places += [(step, "_launch_heads"), (step, "_launch_update")]
+    places += [(step, "_launch_losses"), (step, "_launch_update")]
     plain = {name: getattr(owner, name) for owner, name in places}
 
     def note(name: str) -> Callable[..., Any]:

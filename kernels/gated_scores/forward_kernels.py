@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.products import sigmoid, tanh, wait_for_previous
-from acmil.kernels.slots import hold_within, used_rows
+from acmil.kernels.slots import used_rows
 
 
 @triton.jit
@@ -37,60 +37,54 @@ def reduce_kernel(
 
 @triton.jit
 def gate_kernel(
-    hidden_ptr, v_ptr, v_bias_ptr, u_ptr, u_bias_ptr, w_ptr, b_ptr, scores_ptr, gate_ptr, offsets_ptr,
+    hidden, v, v_bias_ptr, u, u_bias_ptr, w_ptr, b_ptr, heads, scores_ptr, gate_ptr, projections_ptr, offsets_ptr,
     n_rows, n_bags, score_stride,
-    L: tl.constexpr, A: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BA: tl.constexpr,
-    BK: tl.constexpr, SAVE_GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    CHAINED: tl.constexpr,
+    L: tl.constexpr, A: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
+    BA: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, SAVE_GATE: tl.constexpr, HEADS: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """S = w (tanh(H Vᵀ + bV) ⊙ sigmoid(H Uᵀ + bU))ᵀ + b for blocks of BN rows.
 
-    With SAVE_GATE both arguments of the gate are written, (N, 2A), for the backward pass; otherwise they never leave
-    the registers. The last rows come first: they are those that L2 still holds.
+    H, V, U and the heads are descriptors for bulk copies. With SAVE_GATE both arguments of the gate are written,
+    (N, 2A), for the backward pass; otherwise they never leave the registers. With HEADS the rows are projected on Q
+    rows of weights too, H Wᵀ, written as (Q, N). The last rows come first: they are those that L2 still holds.
     """
     wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     row = tl.arange(0, BN)
-    depth = tl.arange(0, BL)
     gate = tl.arange(0, BA)
     branch = tl.arange(0, BK)
+    projection = tl.arange(0, BQ)
     gate_fits = gate < A
     branch_fits = branch < K
     v_bias = tl.load(v_bias_ptr + gate, mask=gate_fits, other=0.0).to(tl.float32)
     u_bias = tl.load(u_bias_ptr + gate, mask=gate_fits, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + branch, mask=branch_fits, other=0.0).to(tl.float32)
-    gate_at = hold_within(gate, A, BA)[None, :] * L + depth[:, None]
+    w = tl.load(w_ptr + branch[None, :] * A + gate[:, None], mask=branch_fits[None, :] & gate_fits[:, None], other=0.0)
     n_blocks = tl.cdiv(used, BN)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         first = (n_blocks - 1 - block) * BN
-        left = used - first
-        hidden_at = tl.minimum(row, left - 1)[:, None] * L + depth[None, :]
-        hidden_block_ptr = hidden_ptr + tl.cast(first, tl.int64) * L
+        row_fits = row < used - first
         v_acc = tl.zeros((BN, BA), tl.float32)
         u_acc = tl.zeros((BN, BA), tl.float32)
+        q_acc = tl.zeros((BN, BQ), tl.float32)
         for l in range(0, L, BL):  # noqa: E741
-            if L % BL == 0:
-                hidden = tl.load(hidden_block_ptr + l + hidden_at)
-                v = tl.load(v_ptr + l + gate_at)
-                u = tl.load(u_ptr + l + gate_at)
-            else:
-                hidden = tl.load(hidden_block_ptr + l + hidden_at, mask=l + depth[None, :] < L, other=0.0)
-                v = tl.load(v_ptr + l + gate_at, mask=l + depth[:, None] < L, other=0.0)
-                u = tl.load(u_ptr + l + gate_at, mask=l + depth[:, None] < L, other=0.0)
-            v_acc = tl.dot(hidden, v, v_acc, input_precision=PRECISION)
-            u_acc = tl.dot(hidden, u, u_acc, input_precision=PRECISION)
+            hidden_block = hidden.load([first, l])
+            v_acc = tl.dot(hidden_block, v.load([0, l]).T, v_acc, input_precision=PRECISION)
+            u_acc = tl.dot(hidden_block, u.load([0, l]).T, u_acc, input_precision=PRECISION)
+            if HEADS:
+                q_acc = tl.dot(hidden_block, heads.load([0, l]).T, q_acc, input_precision=PRECISION)
+        if HEADS:
+            at = projection.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+            tl.store(projections_ptr + at, q_acc, mask=row_fits[:, None] & (projection < Q)[None, :])
         v_acc += v_bias[None, :]
         u_acc += u_bias[None, :]
-        row_fits = row < left
         if SAVE_GATE:
             saved_ptr = gate_ptr + tl.cast(first, tl.int64) * (2 * A) + row[:, None] * (2 * A) + gate[None, :]
             fits = row_fits[:, None] & gate_fits[None, :]
             tl.store(saved_ptr, v_acc.to(gate_ptr.dtype.element_ty), mask=fits)
             tl.store(saved_ptr + A, u_acc.to(gate_ptr.dtype.element_ty), mask=fits)
         product = tanh(v_acc, FAST) * sigmoid(u_acc, FAST)
-        w = tl.load(
-            w_ptr + branch[None, :] * A + gate[:, None], mask=branch_fits[None, :] & gate_fits[:, None], other=0.0
-        )
         scores = tl.dot(product.to(w.dtype), w, input_precision=PRECISION) + b[None, :]  # (BN, BK)
         at = branch.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
         tl.store(scores_ptr + at, scores, mask=row_fits[:, None] & branch_fits[None, :])

@@ -7,8 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from acmil.kernels.gated_scores.backward_kernels import (
-    gate_backward_kernel,
-    reduction_backward_kernel,
+    rows_backward_kernel,
     weight_gradient_kernel,
 )
 from acmil.kernels.gated_scores.forward_kernels import gate_kernel, reduce_kernel
@@ -63,13 +62,16 @@ class Tile(NamedTuple):
 
 
 class PoolGradients(NamedTuple):
-    """What the backward of the scores needs to take in that of one bag's pool, in the same pass over the rows."""
+    """What the backward of the scores needs to take in that of one bag's pool and heads, in the same pass over rows."""
 
     scores: Tensor  # (K, ΣN) float32
     stats: Tensor  # (K, 2) float32: maximum, and the inverse of the sum of exponentials
-    d_pooled: Tensor  # (terms · 16, L) in the features' type: dz, for half types and what is left of it by rounding
+    projections: Tensor  # H Wᵀ, ((K + 1) C, ΣN) float32
+    heads: Tensor  # W, ((K + 1) C, L): of the branches, then of the bag
+    d_logits: Tensor  # ((K + 1) C,) float32
     d_pairs: Tensor | None  # (K, K) float32: dG + dGᵀ of the Gram matrix
     correction: Tensor  # (K,) float32: Σ_n P dP
+    shares: Tensor  # (ΣN, 16), where P is written, by rows, in the features' type
 
 
 class Tiles(NamedTuple):
@@ -77,8 +79,7 @@ class Tiles(NamedTuple):
 
     reduce: Tile
     gate: Tile
-    gate_backward: Tile
-    reduction_backward: Tile
+    rows_backward: Tile  # its depth: columns of X W1ᵀ that a program goes over
     weight_gradient: Tile
 
 
@@ -90,16 +91,14 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
         return Tiles(
             reduce=Tile(64, narrow, 32, 4, 3, 2),
             gate=Tile(64, whole_gate, 32, 8, 2, 1),
-            gate_backward=Tile(16 if n_gate > 128 else 32, whole_gate, 32, 8, 2, 1),
-            reduction_backward=Tile(64, narrow, 32, 4, 3, 2),
+            rows_backward=Tile(16 if n_gate > 128 else 32, 32, n_hidden, 8, 2, 1),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
     long = n_rows >= 128 * processors
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
         gate=Tile(128 if long and n_gate <= 128 else 64, whole_gate, 64, 8, 3, 1),
-        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2),
-        reduction_backward=Tile(64, 128, 64, 4, 3, 2),
+        rows_backward=_rows_backward_tile(n_rows, n_hidden, whole_gate, processors),
         weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
 
@@ -120,6 +119,12 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
             best, best_worth = tile, worth
     assert best is not None
     return best
+
+
+def _rows_backward_tile(n_rows: int, n_hidden: int, n_gate: int, processors: int) -> Tile:
+    """Tile of the backward pass over rows: of few rows several programs share the columns."""
+    groups = min(ceil_div(n_hidden, 128), max(1, processors // ceil_div(n_rows, 64)))
+    return Tile(64, 64, ceil_div(n_hidden, 64 * groups) * 64, 4 if n_gate <= 128 else 8, 3, 2)
 
 
 def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
@@ -148,113 +153,121 @@ def launch_reduce(features: Tensor, weight: Tensor, hidden: Tensor, rows: Rows, 
     )  # fmt: skip
 
 
-def launch_gate(hidden: Tensor, weights: Weights, scores: Tensor, gate: Tensor | None, rows: Rows, tile: Tile) -> None:
-    """Write the scores (K, ΣN) and, where there is a place for them, the arguments of the gate (ΣN, 2A)."""
+def launch_gate(
+    hidden: Tensor,
+    weights: Weights,
+    scores: Tensor,
+    gate: Tensor | None,
+    rows: Rows,
+    tile: Tile,
+    *,
+    heads: Tensor | None = None,
+    projections: Tensor | None = None,
+) -> None:
+    """Write the scores (K, ΣN) and, where there is a place for them, the arguments of the gate (ΣN, 2A).
+
+    With `heads` (Q, L), the projections on them too, (Q, ΣN) float32, of the scores' row stride.
+    """
     n_branches, n_gate = weights.score.shape
+    block, n_lines = [tile.columns, tile.depth], 1 if heads is None else heads.shape[0]
+    lines = power_of_2_at_least(n_lines)
     gate_kernel[_grid(ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
-        hidden, *weights[1:], scores, gate, rows.offsets, rows.n_rows, 1, scores.stride(0),
-        L=hidden.shape[1], A=n_gate, K=n_branches, BN=tile.rows, BL=tile.depth, BA=tile.columns, BK=BRANCH_BLOCK,
-        SAVE_GATE=gate is not None, PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
+        TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,
+        TensorDescriptor.from_tensor(weights.u, block), weights.u_bias, weights.score, weights.score_bias,
+        None if heads is None else TensorDescriptor.from_tensor(heads, [lines, tile.depth]),
+        scores, gate, projections, rows.offsets, rows.n_rows, 1, scores.stride(0),
+        L=hidden.shape[1], A=n_gate, K=n_branches, Q=n_lines, BN=tile.rows, BL=tile.depth, BA=tile.columns,
+        BK=BRANCH_BLOCK, BQ=lines, SAVE_GATE=gate is not None, HEADS=heads is not None,
+        PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
     )  # fmt: skip
 
 
-def gate_backward_programs(n_rows: int, tile: Tile, device: torch.device) -> int:
-    """How many programs the backward of the gate has: each leaves one share of the gradients of biases and w."""
-    return _grid(ceil_div(n_rows, tile.rows), tile, device)[0]
+def column_groups(n_hidden: int, tile: Tile) -> int:
+    """How many programs of the backward pass over rows share the columns of a block."""
+    return ceil_div(n_hidden, tile.depth)
 
 
-def launch_gate_backward(
+def row_programs(n_rows: int, n_hidden: int, tile: Tile, device: torch.device) -> int:
+    """How many programs the backward pass over rows has: each leaves one share of the gradients of biases and w."""
+    return _grid(ceil_div(n_rows, tile.rows) * column_groups(n_hidden, tile), tile, device)[0]
+
+
+def launch_rows_backward(
     hidden: Tensor,
     gate: Tensor,
     weights: Weights,
     d_gate: Tensor,
+    d_reduced: Tensor,
     small: Tensor,
     rows: Rows,
     tile: Tile,
     *,
     d_scores: Tensor | None = None,
-    pool: PoolGradients | None = None,
-) -> None:
-    """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
-
-    `d_gate` may be `gate` itself.
-    """
-    n_branches, n_gate = weights.score.shape
-    strided = d_scores if pool is None else pool.scores
-    described: tuple[Any, ...] = (None,) * 5
-    hidden_blocks, terms = None, 1
-    if pool is not None:
-        terms = pool.d_pooled.shape[0] // BRANCH_BLOCK
-        hidden_blocks = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
-        d_pooled = TensorDescriptor.from_tensor(pool.d_pooled, [terms * BRANCH_BLOCK, tile.depth])
-        described = pool._replace(d_pooled=d_pooled)
-    gate_backward_kernel[(gate_backward_programs(rows.n_rows, tile, hidden.device),)](
-        hidden_blocks, gate, weights.score, d_scores, *described, d_gate, small,
-        rows.offsets, rows.n_rows, 1, 0 if strided is None else strided.stride(0),
-        L=hidden.shape[1], A=n_gate, K=n_branches, BN=tile.rows, BA=tile.columns, BD=tile.depth, BK=BRANCH_BLOCK,
-        TERMS=terms, D_SCORES=d_scores is not None, POOL=pool is not None,
-        PAIRS=pool is not None and pool.d_pairs is not None, PACKED=rows.offsets is not None,
-        **_options(hidden, tile, fast=True),
-    )  # fmt: skip
-
-
-def launch_reduction_backward(
-    hidden: Tensor,
-    d_gate: Tensor,
-    gate_weight: Tensor,
-    d_reduced: Tensor,
-    rows: Rows,
-    tile: Tile,
-    *,
     d_hidden: Tensor | None = None,
     pool: PoolGradients | None = None,
 ) -> None:
-    """Write d(X W1ᵀ) (ΣN, L) from the gradients of the gate's arguments, and of H or what it was pooled into.
+    """Write the gradients of the gate's arguments (ΣN, 2A), of X W1ᵀ (ΣN, L) and, by program, of biases and w.
 
-    `gate_weight` is `[V; U]`, (2A, L). Rows of `d_reduced` behind the last one used may be overwritten.
+    Rows of `d_reduced` behind the last one used may be overwritten.
     """
-    n_gates, n_hidden = gate_weight.shape
-    n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
-    block = [tile.rows, tile.columns]
-    described: tuple[Any, ...] = (None,) * 3
+    (n_branches, n_gate), n_hidden = weights.score.shape, hidden.shape[1]
+    strided = d_scores if pool is None else pool.scores
+    described: tuple[Any, ...] = (None,) * 8
+    n_classes, lines = 1, BRANCH_BLOCK
     if pool is not None:
-        d_pooled = TensorDescriptor.from_tensor(pool.d_pooled, [BRANCH_BLOCK, tile.columns])
-        described = (pool.scores, pool.stats, d_pooled)
-    reduction_backward_kernel[_grid(n_tiles, tile, hidden.device)](
-        TensorDescriptor.from_tensor(hidden, block),
-        TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
-        TensorDescriptor.from_tensor(d_reduced, block),
-        d_hidden, *described, rows.offsets, rows.n_rows, 1,
-        0 if pool is None else pool.scores.stride(0),
-        L=n_hidden, A=n_gates // 2, K=1 if pool is None else pool.scores.shape[0],
-        BN=tile.rows, BL=tile.columns, BD=tile.depth, BK=BRANCH_BLOCK,
-        D_HIDDEN=d_hidden is not None, POOL=pool is not None, PACKED=rows.offsets is not None,
-        **_options(hidden, tile),
+        n_classes = pool.heads.shape[0] // (n_branches + 1)
+        lines = power_of_2_at_least(pool.heads.shape[0])
+        described = pool._replace(heads=TensorDescriptor.from_tensor(pool.heads, [lines, tile.columns]))
+    whole_gate = power_of_2_at_least(n_gate)
+    block = [whole_gate, tile.columns]
+    rows_backward_kernel[(row_programs(rows.n_rows, n_hidden, tile, hidden.device),)](
+        hidden, gate, weights.score, TensorDescriptor.from_tensor(weights.v, block),
+        TensorDescriptor.from_tensor(weights.u, block),
+        TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]), d_scores, d_hidden, *described,
+        d_gate, small, rows.offsets, rows.n_rows, 1, 0 if strided is None else strided.stride(0),
+        L=n_hidden, A=n_gate, K=n_branches, C=n_classes, BN=tile.rows, BL=tile.columns, BA=whole_gate,
+        BK=BRANCH_BLOCK, BQ=lines, GROUPS=column_groups(n_hidden, tile), D_SCORES=d_scores is not None,
+        D_HIDDEN=d_hidden is not None, POOL=pool is not None, PAIRS=pool is not None and pool.d_pairs is not None,
+        PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
     )  # fmt: skip
 
 
 def weight_gradient_splits(
-    n_rows: int, n_features: int, n_hidden: int, n_gate: int, tile: Tile, device: torch.device
+    n_rows: int, n_features: int, n_hidden: int, n_gate: int, tile: Tile, device: torch.device, *, pooled: bool = False
 ) -> tuple[int, int]:
     """Output tiles of the weight gradients, and into how many shares the rows are cut so that all processors work."""
+    columns = ceil_div(n_hidden, tile.columns)
     tiles = ceil_div(n_hidden, tile.rows) * ceil_div(n_features, tile.columns)
-    tiles += ceil_div(2 * n_gate, tile.rows) * ceil_div(n_hidden, tile.columns)
+    tiles += ceil_div(2 * n_gate, tile.rows) * columns + (columns if pooled else 0)
     splits = min(tile.programs * n_processors(device) // tiles, ceil_div(n_rows, LEAST_SPLIT_ROWS))
     return tiles, max(1, splits)
 
 
 def launch_weight_gradient(
-    features: Tensor, hidden: Tensor, d_reduced: Tensor, d_gate: Tensor, large: Tensor, rows: Rows, tile: Tile
+    features: Tensor,
+    hidden: Tensor,
+    d_reduced: Tensor,
+    d_gate: Tensor,
+    large: Tensor,
+    rows: Rows,
+    tile: Tile,
+    *,
+    shares: Tensor | None = None,
+    n_branches: int = 0,
 ) -> None:
-    """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32."""
+    """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32; with `shares` of z (K, L) behind them."""
     n_features, n_hidden, gates = features.shape[1], hidden.shape[1], d_gate.shape[1]
-    tiles, _ = weight_gradient_splits(rows.n_rows, n_features, n_hidden, gates // 2, tile, hidden.device)
+    tiles, _ = weight_gradient_splits(
+        rows.n_rows, n_features, n_hidden, gates // 2, tile, hidden.device, pooled=shares is not None
+    )
     left, right = [tile.depth, tile.rows], [tile.depth, tile.columns]
     weight_gradient_kernel[(tiles * large.shape[0],)](
         TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),
         TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right),
-        d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
-        D=n_features, L=n_hidden, G=gates, BM=tile.rows, BC=tile.columns, BN=tile.depth, LEAST=LEAST_SPLIT_ROWS,
-        WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
+        None if shares is None else TensorDescriptor.from_tensor(shares, [tile.depth, BRANCH_BLOCK]),
+        d_reduced, features, d_gate, hidden, shares, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
+        D=n_features, L=n_hidden, G=gates, K=n_branches, BM=tile.rows, BC=tile.columns, BN=tile.depth,
+        BK=BRANCH_BLOCK, LEAST=LEAST_SPLIT_ROWS, SHARES=shares is not None, WINDOW=rows.x_first is not None,
+        PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip

@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 class GatedParameters(NamedTuple):
-    """Parameters in the order in which they lie in a flat buffer; the names are those of a state dict."""
+    """Parameters in the order in which they lie in a flat buffer; matrices first, which begin at multiples of 16."""
 
     reduction_weight: Tensor  # W1 (L, D)
     v_weight: Tensor  # V (A, L)
     u_weight: Tensor  # U (A, L)
+    branch_head_weight: Tensor  # Wc (K, C, L)
+    bag_head_weight: Tensor  # Ws (C, L)
     v_bias: Tensor  # bV (A,)
     u_bias: Tensor  # bU (A,)
     score_weight: Tensor  # w (K, A)
     score_bias: Tensor  # b (K,)
-    branch_head_weight: Tensor  # Wc (K, C, L)
     branch_head_bias: Tensor  # bc (K, C)
-    bag_head_weight: Tensor  # Ws (C, L)
     bag_head_bias: Tensor  # bs (C,)
 
 
@@ -42,14 +42,14 @@ class Sizes(NamedTuple):
         return 2 * self.gate + self.branches * (self.gate + 1)
 
     @property
-    def n_heads(self) -> int:
-        """Numbers in the heads."""
-        return (self.branches + 1) * self.classes * (self.hidden + 1)
+    def n_logits(self) -> int:
+        """Logits of all branches and of the bag: rows of the heads' weights, and numbers in their biases."""
+        return (self.branches + 1) * self.classes
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shape of each parameter, in the order of `GatedParameters`."""
         d, l, a, k, c = self  # noqa: E741
-        return (l, d), (a, l), (a, l), (a,), (a,), (k, a), (k,), (k, c, l), (k, c), (c, l), (c,)
+        return (l, d), (a, l), (a, l), (k, c, l), (c, l), (a,), (a,), (k, a), (k,), (k, c), (c,)
 
 
 def sizes_of(parameters: GatedParameters) -> Sizes:

@@ -7,8 +7,8 @@ from acmil.kernels.training_step import GatedParameters, loss_terms
 from acmil.kernels.training_step.parameters import Sizes, sizes_of, views_of
 
 SCRATCH = (
-    "hidden", "gate", "d_reduced", "scores", "pooled", "d_pooled", "stats", "gram", "d_pairs", "correction", "d_heads",
-    "small", "large", "losses",
+    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "maxima", "sums", "stats", "d_logits", "d_pairs",
+    "correction", "shares", "small", "large", "losses",
 )  # fmt: skip
 RATE, DECAY = 1e-3, 1e-2
 
@@ -43,13 +43,11 @@ def schedule(step, order):
 def poison(step):
     for name in SCRATCH:
         getattr(step, name).fill_(float("nan"))
-    for buffer in step.partials:
-        buffer.fill_(float("nan"))
 
 
 def as_multiplied(parameters, dtype):
     """The parameters as the step multiplies them, rounded to its type, with the gradients of the unrounded ones."""
-    names = ("reduction_weight", "v_weight", "u_weight", "score_weight")
+    names = ("reduction_weight", "v_weight", "u_weight", "score_weight", "branch_head_weight", "bag_head_weight")
     exact = parameters._asdict()
     rounded = {name: exact[name] + (exact[name].to(dtype).double() - exact[name]).detach() for name in names}
     return parameters._replace(**rounded)
