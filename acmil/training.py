@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from acmil.kernels.cpu_scores import pad_rows
 from acmil.precision import Precision, as_computed
 from acmil.selection import SELECTION_METRICS, EpochRecord, Selection
 
@@ -46,24 +47,33 @@ class Validation(NamedTuple):
 
 
 class _LoadedBags(NamedTuple):
-    """Bags with the dtype they were stored in: on the device where all of them fit, else moved when asked for."""
+    """Bags as a model must get them: on the device where all of them fit, else moved when asked for."""
 
-    bags: "Sequence[Tensor] | Sequence[Bag]"  # S, of (N, D)
+    bags: "Sequence[Tensor] | Sequence[Bag]"  # S, of (N, D), or (N + padding, D) on a CPU
+    lengths: list[int]  # S of N
     labels: Tensor  # (S,) int64, on the device
     slide_ids: list[str]
+    precision: Precision
 
     def features(self, index: int) -> Tensor:
         """(N, D) of one bag, on the device."""
         bag = self.bags[index]
-        return bag if isinstance(bag, Tensor) else _as_tensor(bag).to(self.labels.device)
+        if isinstance(bag, Tensor):
+            return bag[: self.lengths[index]]
+        return _as_computed(bag, self.labels.device, self.precision)
 
     def pack(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Features (ΣN, D), offsets (B+1,) and labels (B,) of several bags; of one bag the offsets are None."""
+        """Features (ΣN or more, D), offsets (B+1,) and labels (B,) of several bags; None for [0, N], if that is all."""
+        ends = np.cumsum([0, *(self.lengths[index] for index in indices)], dtype=np.int64)
         if len(indices) == 1:
-            return self.features(indices[0]), None, self.labels[indices[0] : indices[0] + 1]
-        bags = [self.features(index) for index in indices]
-        ends = np.cumsum([0, *map(len, bags)], dtype=np.int64)
-        return torch.cat(bags), torch.from_numpy(ends).to(self.labels.device), self.labels[list(indices)]
+            index = indices[0]
+            bag, labels = self.bags[index], self.labels[index : index + 1]
+            features = bag if isinstance(bag, Tensor) else self.features(index)
+            if len(features) == self.lengths[index]:
+                return features, None, labels
+        else:
+            features, labels = pad_rows(torch.cat([self.features(i) for i in indices])), self.labels[list(indices)]
+        return features, torch.from_numpy(ends).to(self.labels.device), labels
 
 
 def fit(
@@ -134,8 +144,8 @@ def fit(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     n_classes = model.options["n_classes"]
     on_device = _have_room((train_bags, val_bags), device)
-    train = _load(train_bags, "train", n_classes, device, on_device=on_device)
-    val = _load(val_bags, "val", n_classes, device, on_device=on_device)
+    train = _load(train_bags, "train", n_classes, device, precision, on_device=on_device)
+    val = _load(val_bags, "val", n_classes, device, "fp32", on_device=on_device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     order_generator = torch.Generator().manual_seed(seed)
     noise_generator = torch.Generator(device).manual_seed(another_seed(seed))
@@ -180,7 +190,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             features, offsets, labels = train.pack(indices)
-            out = model(as_computed(features, precision), offsets, generator=noise_generator)
+            out = model(features, offsets, generator=noise_generator)
             terms = model.loss(out, labels)
             total = terms.total
             optimizer.zero_grad()
@@ -375,19 +385,25 @@ def _have_room(sets: "Sequence[Sequence[Bag]]", device: torch.device) -> bool:
     return needed <= _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
 
 
-def _load(bags: "Sequence[Bag]", name: str, n_classes: int, device: torch.device, *, on_device: bool) -> _LoadedBags:
+def _load(
+    bags: "Sequence[Bag]", name: str, n_classes: int, device: torch.device, precision: Precision, *, on_device: bool
+) -> _LoadedBags:
     """Read each bag once, if there is room; else the caller's are asked for them, which may read them from their files.
 
     One at a time: a bag that is mapped from its file keeps that file open.
     """
-    features, labels, slide_ids = [], [], []
+    features, lengths, labels, slide_ids = [], [], [], []
     for bag in checked_bags(bags, name, n_classes):
         if on_device:
-            features.append(_as_tensor(bag).to(device))
+            features.append(pad_rows(_as_computed(bag, device, precision)))
+        lengths.append(len(bag.features))
         labels.append(bag.label)
         slide_ids.append(bag.slide_id)
-    return _LoadedBags(features if on_device else bags, torch.tensor(labels, device=device), slide_ids)
+    return _LoadedBags(
+        features if on_device else bags, lengths, torch.tensor(labels, device=device), slide_ids, precision
+    )
 
 
-def _as_tensor(bag: "Bag") -> Tensor:
-    return torch.from_numpy(np.array(bag.features))  # a copy: the file's map is read-only
+def _as_computed(bag: "Bag", device: torch.device, precision: Precision) -> Tensor:
+    features = torch.from_numpy(np.array(bag.features))  # a copy: the file's map is read-only
+    return as_computed(features.to(device), precision)

@@ -6,10 +6,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from acmil.kernels import gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
+from acmil.kernels import cpu_scores, gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
 from acmil.losses import Losses, acmil_losses
 from acmil.models import defaults
-from acmil.models.layers import StackedLinear, check_masking, check_options, offsets_of_one_bag, prepare_features
+from acmil.models.layers import (
+    StackedLinear,
+    check_masking,
+    check_options,
+    offsets_of_one_bag,
+    prepare_features,
+    rows_of_bags,
+)
 from acmil.models.output import MILOutput
 
 
@@ -90,7 +97,7 @@ class ACMILGated(nn.Module):
 
         Args:
             features: Instance features, (ΣN, D). bf16: the products over instances are computed in bf16, all else in
-                the weights' type; any other type is brought to the weights'.
+                the weights' type; any other type is brought to the weights'. On a CPU rows may follow the last bag's.
             offsets: (B+1,) int64, where each bag begins and ends; None for one bag.
             generator: Source of the masks in training, on the model's device; None draws from torch's global one.
             keep: (K, ΣN) bool mask to use in place of a drawn one, in training and evaluation alike.
@@ -101,7 +108,7 @@ class ACMILGated(nn.Module):
         Raises:
             ValueError: If the features have another size than the model's, or a bag is empty.
         """
-        hidden, scores = self._scores(features)
+        hidden, scores = self._scores(features, offsets)
         if keep is None and self.training and self.mask_top_k > 0:
             keep = stochastic_top_k_mask(
                 scores, top_k=self.mask_top_k, ratio=self.mask_ratio, generator=generator, offsets=offsets
@@ -125,9 +132,11 @@ class ACMILGated(nn.Module):
         """Loss terms of an output against labels (B,) int64."""
         return acmil_losses(out, labels)
 
-    def _scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(self, features: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """H (ΣN, L) and scores (K, ΣN)."""
         features = prepare_features(features, self.reduction.weight)
         layers = (self.gate_v, self.gate_u, self.score)
         weights = (self.reduction.weight, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+        if features.device.type == "cpu":
+            return cpu_scores.gated_attention_scores(features, rows_of_bags(features, offsets), *weights)
         return gated_attention_scores(features, *(weight.to(features.dtype) for weight in weights))

@@ -16,6 +16,7 @@ from acmil.models.layers import (
     check_options,
     offsets_of_one_bag,
     prepare_features,
+    rows_of_bags,
     sampled_dropout,
 )
 from acmil.models.output import MILOutput
@@ -131,7 +132,7 @@ class ACMILMultiHead(nn.Module):
 
         Args:
             features: Instance features, (ΣN, D). bf16: H and its pooling are computed in bf16, all else in the
-                weights' type; any other type is brought to the weights'.
+                weights' type; any other type is brought to the weights'. On a CPU rows may follow the last bag's.
             offsets: (B+1,) int64, where each bag begins and ends; None for one bag.
             generator: Source of masks and dropout in training, on the model's device; None draws from the global one.
             keep: (K, heads, ΣN) bool mask to use in place of a drawn one, in training and evaluation alike.
@@ -143,7 +144,7 @@ class ACMILMultiHead(nn.Module):
         Raises:
             ValueError: If the features have another size than the model's, or a bag is empty.
         """
-        hidden = self.hidden(features)  # (ΣN, L)
+        hidden = self.hidden(features)[: rows_of_bags(features, offsets)]  # (ΣN, L)
         scores = self._scores(hidden)  # (K·heads, ΣN)
         if keep is not None:
             keep = keep.flatten(0, 1)

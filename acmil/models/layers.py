@@ -70,6 +70,11 @@ def prepare_features(features: Tensor, weight: Tensor) -> Tensor:
     return features if features.dtype == torch.bfloat16 else features.to(weight.dtype)
 
 
+def rows_of_bags(features: Tensor, offsets: Tensor | None) -> int:
+    """ΣN; on a CPU padding may follow, since products of bf16 want few sizes there. A GPU's offsets stay unread."""
+    return len(features) if offsets is None or features.device.type != "cpu" else int(offsets[-1])
+
+
 def offsets_of_one_bag(features: Tensor) -> Tensor:
     """The offsets [0, N], made on the device without copying from the host."""
     n_instances = features.shape[0]

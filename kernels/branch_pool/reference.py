@@ -11,19 +11,19 @@ def masked_attention_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pool: z (B, K, L), P (K, ΣN) and G (B, K, K), bag by bag; all in float32 for half types.
 
-    The product P H alone is bf16 where H is, as z is in the end. In fp16 the attention of long bags would vanish.
+    In fp16 the attention of long bags would vanish.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    scores = scores.to(dtype)
-    if hidden.dtype != torch.bfloat16:
-        hidden = hidden.to(dtype)
+    hidden, scores = hidden.to(dtype), scores.to(dtype)
     lengths = bag_lengths(offsets, hidden.shape[0])
+    if len(lengths) == 1:  # cutting would cost as many passes as computing
+        attention = _attention(scores, keep)
+        return (attention @ hidden)[None], attention, (attention @ attention.T)[None]
     keeps = [None] * len(lengths) if keep is None else keep.split(lengths, dim=-1)
     rows = [_attention(s, k) for s, k in zip(scores.split(lengths, dim=-1), keeps, strict=True)]  # B of (K, N)
-    hiddens = hidden.split(lengths)
-    pooled = torch.stack([row.to(hidden.dtype) @ bag for row, bag in zip(rows, hiddens, strict=True)])  # (B, K, L)
+    pooled = torch.stack([row @ bag for row, bag in zip(rows, hidden.split(lengths), strict=True)])  # (B, K, L)
     gram = torch.stack([row @ row.T for row in rows])  # (B, K, K)
-    return pooled, rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1), gram
+    return pooled, torch.cat(rows, dim=-1), gram
 
 
 def _attention(scores: Tensor, keep: Tensor | None) -> Tensor:

@@ -283,6 +283,20 @@ def test_memory_mapped_half_precision_bags_train_like_their_values(tmp_path, nam
     assert same_weights(first.last_weights, second.last_weights)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_has_the_losses_of_float32(name, batch_size):
+    options = {"mask_top_k": 0} | ({"dropout": 0.0} if name == "acmil_mha" else {})
+    bags = make_bags(3, seed=0, n_tiles=(250, 260))
+    exact, found = (
+        run(build(name, **options), bags, bags, batch_size=batch_size, precision=precision).history
+        for precision in ("fp32", "bf16")
+    )
+    for one, two in zip(exact, found, strict=True):
+        assert two.train_loss == pytest.approx(one.train_loss, rel=1e-2)
+        assert two.val_loss == pytest.approx(one.val_loss, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_two_bags_is_that_of_their_mean_loss(name, monkeypatch):
     """AdamW's first step keeps the signs of a gradient alone, so the gradients themselves are compared."""
