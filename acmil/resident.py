@@ -51,7 +51,7 @@ _NAMES = (  # in a state dict, in the order of `GatedParameters`
 )  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
 _RING = 3  # bags of a lane that may be on their way, or in use, when features are streamed
-_LANES = 4  # streams that several runs are spread over
+_LANES = 12  # streams that several runs are spread over
 _READERS = 8  # threads that read feature files
 _GROWTH = 1.25  # a graph serves bags that differ by at most this factor
 _LEAST_ROWS = 128
@@ -101,7 +101,8 @@ def fit_resident(
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
     if named:
-        n_lanes = min(lanes, len(named)) if device.type == "cuda" else 1
+        turns = math.ceil(len(named) / lanes)  # runs of a lane; lanes are given about as many
+        n_lanes = math.ceil(len(named) / turns) if device.type == "cuda" else 1
         scratch = sum(_scratch_bytes(jobs[number], sets, dtype) for number, sets in named.items())
         slides = [slide for sets in named.values() for slide in (*sets.val, *sets.train)]
         store = _Store(slides, dtype, device, feature_bytes, scratch, n_lanes)
@@ -622,7 +623,7 @@ def _scratch_bytes(job: "TrainingJob", sets: _Sets, dtype: torch.dtype) -> int:
     options: Mapping[str, Any] = job.model.options
     longest = max(slide.n_rows for part in sets for slide in part)
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
-    rows = (3 * hidden + 2 * gate) * dtype.itemsize + 16 * branches
+    rows = (3 * hidden + 4 * gate + 32) * dtype.itemsize + 8 * (branches + 1) * options["n_classes"] + 8 * branches
     return max(longest, _VAL_ROWS) * rows + 256 * 2**20
 
 

@@ -328,9 +328,18 @@ def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
     train, val = bags[:270], bags[270:]
     arms: dict[str, Any] = {}
 
+    result: dict[str, Any] = {
+        "command": "gpu",
+        "circumstances": circumstances() | {"gpu": torch.cuda.get_device_name()},
+        "options": {name: getattr(options, name) for name in ("epochs", "rounds", "scale")},
+        "instances": {"train": sum(len(bag.features) for bag in train), "val": sum(len(bag.features) for bag in val)},
+        "arms": arms,
+    }
+
     def measure(name: str, jobs: Callable[[], list[Any]], engine: str) -> dict[str, Any]:
         arms[name] = timed_jobs(jobs(), engine, device)
         print(name, arms[name], flush=True)
+        write(result, options.result)  # what is measured is kept, whatever comes after
         return arms[name]
 
     resident, eager = (
@@ -340,11 +349,22 @@ def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
     difference = np.abs(np.array(resident["losses"]) / np.array(eager["losses"]) - 1).max()
     if not difference < GPU_ERROR:
         raise ArithmeticError(f"the engines' losses must agree to {GPU_ERROR:g}, differ by {difference:g}.")
-    measure("eager, 2 epochs", lambda: [gpu_job(train, val, seed=0, epochs=2)], "eager")
+    result["difference_of_losses"] = float(difference)
     for number in range(options.rounds):
         measure(
             f"resident, one run, {number}", lambda: [gpu_job(train, val, seed=0, epochs=options.epochs)], "resident"
         )
+
+    def grid() -> list[Any]:
+        folds = [bags[k::5] for k in range(5)]
+        jobs = []
+        for fold in range(5):
+            others = [bag for k in range(5) if k != fold for bag in folds[k]]
+            jobs += [gpu_job(others[:270], folds[fold], seed=seed, epochs=options.epochs) for seed in range(5)]
+        return jobs
+
+    measure("resident, 25 runs", grid, "resident")
+    measure("eager, 2 epochs", lambda: [gpu_job(train, val, seed=0, epochs=2)], "eager")
     with tempfile.TemporaryDirectory() as folder:
         write_bags(Path(folder), bags)
         rows = [CohortRow(bag.slide_id, str(bag.label), bag.slide_id, None) for bag in bags]
@@ -357,24 +377,14 @@ def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         measure("resident, one run from files", from_files, "resident")
         arms["resident, one run from files"]["with_opening_s"] = time.perf_counter() - started
+    return result
 
-    def grid() -> list[Any]:
-        folds = [bags[k::5] for k in range(5)]
-        jobs = []
-        for fold in range(5):
-            others = [bag for k in range(5) if k != fold for bag in folds[k]]
-            jobs += [gpu_job(others[:270], folds[fold], seed=seed, epochs=options.epochs) for seed in range(5)]
-        return jobs
 
-    measure("resident, 25 runs", grid, "resident")
-    return {
-        "command": "gpu",
-        "circumstances": circumstances() | {"gpu": torch.cuda.get_device_name()},
-        "options": {name: getattr(options, name) for name in ("epochs", "rounds", "scale")},
-        "instances": {"train": sum(len(bag.features) for bag in train), "val": sum(len(bag.features) for bag in val)},
-        "difference_of_losses": float(difference),
-        "arms": arms,
-    }
+def write(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result, if there is a place for it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def show_gpu(result: dict[str, Any]) -> str:
@@ -431,9 +441,7 @@ def main() -> None:
     options = parser.parse_args()
     result = options.measure(options)
     print(options.show(result))
-    if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.result)
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) ->
 def poison(step: Any) -> None:
     """Fill every buffer that a step should write with NaN."""
     buffers = (
-        step.hidden, step.gate, step.d_gate, step.d_reduced, step.scores, step.projections, step.maxima, step.sums,
-        step.stats, step.d_logits, step.d_pairs, step.correction, step.shares, step.small, step.large, step.losses,
+        step.hidden, step.gate, step.d_gate, step.d_reduced, step.scores, step.projections, step.sums,
+        step.stats, step.d_logits, step.d_pairs, step.correction, step.small, step.large, step.losses,
     )  # fmt: skip
     for buffer in buffers:
         buffer.fill_(float("nan"))

@@ -8,7 +8,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_previous(CHAINED: tl.constexpr):
-    """Wait until the launch before this one has ended; where CHAINED its programs were put in place while it ran."""
+    """Wait until the launch before this one has ended; where CHAINED its programs were put in place while it ran.
+
+    Nothing is read before, not even what launches further back wrote: a step that did so gave NaN at some sizes.
+    """
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass: one over the rows, one for the weights, one that sums in fixed order."""
+"""Triton kernels of the backward pass: two over the rows, one for the weights, one that sums in fixed order."""
 # ruff: noqa: ANN001, ANN201
 
 import triton
@@ -6,20 +6,6 @@ import triton.language as tl
 
 from acmil.kernels.products import dot_of_pairs, sigmoid, tanh, wait_for_previous
 from acmil.kernels.slots import hold_within, used_rows
-
-
-@triton.jit
-def load_attention(
-    scores_ptr, stats_ptr, rows, row_fits, score_stride, K: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """P = e^(S − m) / Σ e^(S − m) of some rows of one bag, (BN, BK), exactly 0 where nothing is attended to."""
-    branch = tl.arange(0, BK)
-    branch_fits = branch < K
-    at = branch.to(tl.int64)[None, :] * score_stride + rows[:, None]
-    scores = tl.load(scores_ptr + at, mask=row_fits[:, None] & branch_fits[None, :], other=float("-inf"))
-    maximum = tl.load(stats_ptr + branch * 2, mask=branch_fits, other=0.0)
-    inverse = tl.load(stats_ptr + branch * 2 + 1, mask=branch_fits, other=0.0)
-    return tl.exp(scores - maximum[None, :]) * inverse[None, :]
 
 
 @triton.jit
@@ -38,9 +24,8 @@ def load_head_gradients(d_logits_ptr, K: tl.constexpr, C: tl.constexpr, BK: tl.c
 
 @triton.jit
 def pool_gradient(
-    attention, projections_ptr, d_attended, rows, row_fits, d_pairs_ptr, correction_ptr, score_stride,
-    K: tl.constexpr, Q: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    attention, projections, d_attended, d_pairs_ptr, correction_ptr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient `dS = P ⊙ (dP − Σ_n P dP)` of a block of rows of one bag, (BN, BK).
 
@@ -48,10 +33,7 @@ def pool_gradient(
     the bag needs no pass over the rows and is given.
     """
     branch = tl.arange(0, BK)
-    projection = tl.arange(0, BQ)
-    at = projection.to(tl.int64)[None, :] * score_stride + rows[:, None]
-    projections = tl.load(projections_ptr + at, mask=row_fits[:, None] & (projection < Q)[None, :], other=0.0)
-    d_attention = tl.zeros((rows.shape[0], BK), tl.float32)
+    d_attention = tl.zeros((BN, BK), tl.float32)
     d_attention = dot_of_pairs(projections, tl.trans(d_attended), d_attention, PRECISION)
     if PAIRS:
         pair_fits = (branch < K)[:, None] & (branch < K)[None, :]
@@ -62,103 +44,115 @@ def pool_gradient(
 
 
 @triton.jit
-def rows_backward_kernel(
-    hidden_ptr, gate_ptr, w_ptr, v, u, d_reduced, d_scores_ptr, d_hidden_ptr,
-    scores_ptr, stats_ptr, projections_ptr, heads, d_logits_ptr, d_pairs_ptr, correction_ptr, shares_ptr,
+def gate_backward_kernel(
+    gate_ptr, w_ptr, d_scores_ptr, scores_ptr, stats_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr, correction_ptr,
     d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, score_stride,
-    L: tl.constexpr, A: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
-    BA: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, GROUPS: tl.constexpr, D_SCORES: tl.constexpr,
-    D_HIDDEN: tl.constexpr, POOL: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, CHAINED: tl.constexpr,
+    A: tl.constexpr, K: tl.constexpr, C: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
+    BK: tl.constexpr, BQ: tl.constexpr, POOL: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a block of rows: of S, of the gate's arguments, (N, 2A), and of X W1ᵀ, (N, L).
+    """The gradients of the gate's arguments, (N, 2A), and each program's share of dbV, dbU, dw and db.
 
-    `d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0]`. What reaches S and H comes as `d_scores` and `d_hidden`, or (POOL,
-    one bag) is worked out here from the gradients of the logits; the attention is written then too, (N, BK), for the
-    gradients of the heads. Each program leaves its share of dbV, dbU, dw and db. V, U, d(X W1ᵀ) and the heads are
-    descriptors for bulk copies. Rows of d(X W1ᵀ) behind the last one used, up to a whole block, are overwritten.
-    `GROUPS` programs share the columns of a block of rows, where there are few blocks. `d_gate` may be `gate` itself
-    only if there is one.
+    What reaches the scores comes as `d_scores`, or (POOL, one bag) is worked out here from the gradients of the logits:
+    then those of the projections follow those of the gate, G = 2A + BQ numbers a row.
     """
     wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
-    n_chunks: tl.constexpr = (L + BL - 1) // BL
-    group_columns: tl.constexpr = ((n_chunks + GROUPS - 1) // GROUPS) * BL
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     row = tl.arange(0, BN)
     branch = tl.arange(0, BK)
     gate = tl.arange(0, BA)
-    depth = tl.arange(0, BL)
+    projection = tl.arange(0, BQ)
+    branch_fits = branch < K
     gate_fits = gate < A
-    w_fits = (branch < K)[:, None] & gate_fits[None, :]
+    w_fits = branch_fits[:, None] & gate_fits[None, :]
     w = tl.load(w_ptr + branch[:, None] * A + gate[None, :], mask=w_fits, other=0.0)
     if POOL:
         d_attended = load_head_gradients(d_logits_ptr, K, C, BK, BQ)
-    v_total = tl.zeros((BA,), tl.float32)
-    u_total = tl.zeros((BA,), tl.float32)
+    v_total = tl.zeros((BA, BK), tl.float32)
+    u_total = tl.zeros((BA, BK), tl.float32)
     w_total = tl.zeros((BA, BK), tl.float32)
     b_total = tl.zeros((BK,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(used, BN) * GROUPS, tl.num_programs(0)):
-        first = (tile // GROUPS) * BN
-        first_column = (tile % GROUPS) * group_columns
-        is_first = first_column == 0
+    for block in range(tl.program_id(0), tl.cdiv(used, BN), tl.num_programs(0)):
+        first = block * BN
         row_fits = row < used - first
-        at = row[:, None] * (2 * A) + gate[None, :]
         fits = row_fits[:, None] & gate_fits[None, :]
+        scores_fit = row_fits[:, None] & branch_fits[None, :]
         gate_block_ptr = gate_ptr + tl.cast(first, tl.int64) * (2 * A)
+        d_gate_block_ptr = d_gate_ptr + tl.cast(first, tl.int64) * G
+        at = row[:, None] * (2 * A) + gate[None, :]
         of_v = tl.load(gate_block_ptr + at, mask=fits, other=0.0)
         of_u = tl.load(gate_block_ptr + A + at, mask=fits, other=0.0)
-        d_scores = tl.zeros((BN, BK), tl.float32)
+        scores_at = branch.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
         if POOL:
-            attention = load_attention(scores_ptr, stats_ptr, first + row, row_fits, score_stride, K, BK)
+            maximum = tl.load(stats_ptr + branch, mask=branch_fits, other=0.0)
+            inverse = tl.load(stats_ptr + K + branch, mask=branch_fits, other=0.0)
+            scores = tl.load(scores_ptr + scores_at, mask=scores_fit, other=float("-inf"))
+            attention = tl.exp(scores - maximum[None, :]) * inverse[None, :]  # exactly 0 where masked
+            d_projected = dot_of_pairs(attention, d_attended, tl.zeros((BN, BQ), tl.float32), PRECISION)
+            d_projected_at = row[:, None] * G + 2 * A + projection[None, :]
+            tl.store(d_gate_block_ptr + d_projected_at, d_projected.to(dtype), mask=row_fits[:, None])
+            projected_at = projection.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+            projected_fit = row_fits[:, None] & (projection < (K + 1) * C)[None, :]
+            projections = tl.load(projections_ptr + projected_at, mask=projected_fit, other=0.0)
             d_scores = pool_gradient(
-                attention, projections_ptr, d_attended, first + row, row_fits, d_pairs_ptr, correction_ptr,
-                score_stride, K, (K + 1) * C, BK, BQ, PAIRS, PRECISION,
-            )  # fmt: skip
+                attention, projections, d_attended, d_pairs_ptr, correction_ptr, K, BN, BK, PAIRS, PRECISION
+            )
             d_scores = tl.where(row_fits[:, None], d_scores, 0.0)
-            d_projected = dot_of_pairs(attention, d_attended, tl.zeros((BN, BQ), tl.float32), PRECISION).to(dtype)
-            shares_at = tl.cast(first, tl.int64) * BK + row[:, None] * BK + branch[None, :]
-            tl.store(shares_ptr + shares_at, attention.to(dtype), mask=row_fits[:, None] & is_first)
-        if D_SCORES:
-            scores_at = branch.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
-            scores_fit = row_fits[:, None] & (branch < K)[None, :]
-            d_scores += tl.load(d_scores_ptr + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
-        of_v = tanh(of_v.to(tl.float32), FAST)
-        of_u = sigmoid(of_u.to(tl.float32), FAST)
+        else:
+            d_scores = tl.load(d_scores_ptr + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
         low = d_scores.to(dtype)
         d_gate = tl.dot(low, w, input_precision=PRECISION)  # (BN, BA)
-        d_v = d_gate * of_u * (1.0 - of_v * of_v)
-        d_u = d_gate * of_v * of_u * (1.0 - of_u)
-        low_v = d_v.to(dtype)
-        low_u = d_u.to(dtype)
-        d_gate_block_ptr = d_gate_ptr + tl.cast(first, tl.int64) * (2 * A)
-        tl.store(d_gate_block_ptr + at, low_v, mask=fits & is_first)
-        tl.store(d_gate_block_ptr + A + at, low_u, mask=fits & is_first)
-        counts = is_first.to(tl.float32)
-        v_total += tl.sum(d_v, axis=0) * counts
-        u_total += tl.sum(d_u, axis=0) * counts
-        b_total += tl.sum(d_scores, axis=0) * counts
-        low = (d_scores * counts).to(dtype)
-        w_total = tl.dot(tl.trans((of_v * of_u).to(dtype)), low, w_total, input_precision=PRECISION)
-        hidden_at = tl.cast(first, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L
-        for l in range(first_column, tl.minimum(first_column + group_columns, L), BL):  # noqa: E741
-            column = l + depth
-            # Not by bulk copies: these loads are under way while the products are worked out.
-            hidden = tl.load(hidden_ptr + hidden_at + hold_within(column, L, BL)[None, :])
-            acc = tl.dot(low_v, v.load([0, l]), input_precision=PRECISION)
-            acc = tl.dot(low_u, u.load([0, l]), acc, input_precision=PRECISION)
-            if POOL:
-                acc = tl.dot(d_projected, heads.load([0, l]), acc, input_precision=PRECISION)
-            if D_HIDDEN:
-                d_hidden_at = hidden_at + hold_within(column, L, BL)[None, :]
-                acc += tl.load(d_hidden_ptr + d_hidden_at).to(tl.float32)
-            d_reduced.store([first, l], tl.where(hidden > 0, acc, 0.0).to(dtype))
+        of_v = tanh(of_v.to(tl.float32), FAST)
+        of_u = sigmoid(of_u.to(tl.float32), FAST)
+        product = of_v * of_u
+        by_v = of_u - product * of_v  # dV'/dG, dU'/dG
+        by_u = product - product * of_u
+        at = row[:, None] * G + gate[None, :]
+        tl.store(d_gate_block_ptr + at, (d_gate * by_v).to(dtype), mask=fits)
+        tl.store(d_gate_block_ptr + A + at, (d_gate * by_u).to(dtype), mask=fits)
+        b_total += tl.sum(d_scores, axis=0)
+        w_total = tl.dot(tl.trans(product.to(dtype)), low, w_total, input_precision=PRECISION)
+        v_total = tl.dot(tl.trans(by_v.to(dtype)), low, v_total, input_precision=PRECISION)
+        u_total = tl.dot(tl.trans(by_u.to(dtype)), low, u_total, input_precision=PRECISION)
     small_ptr += tl.program_id(0) * (2 * A + K * A + K)
-    tl.store(small_ptr + gate, v_total, mask=gate_fits)
-    tl.store(small_ptr + A + gate, u_total, mask=gate_fits)
+    of_branches = tl.trans(w).to(tl.float32)  # dbV = Σ_n dV' = Σ_k w_k Σ_n dS_k dV'/dG
+    tl.store(small_ptr + gate, tl.sum(v_total * of_branches, axis=1), mask=gate_fits)
+    tl.store(small_ptr + A + gate, tl.sum(u_total * of_branches, axis=1), mask=gate_fits)
     w_total_at = branch[None, :] * A + gate[:, None]
     tl.store(small_ptr + 2 * A + w_total_at, w_total, mask=(branch < K)[None, :] & gate_fits[:, None])
     tl.store(small_ptr + 2 * A + K * A + branch, b_total, mask=branch < K)
+
+
+@triton.jit
+def reduction_backward_kernel(
+    hidden_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags,
+    L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0] in tiles of (BN, BL).
+
+    Gradients of projections may follow those of the gate, and the heads V and U: then they are in the product. All
+    but H and dH are descriptors for bulk copies. Rows behind the last one used, up to a whole tile, are overwritten.
+    The last rows come first: they are those that L2 still holds.
+    """
+    wait_for_previous(CHAINED)
+    n_columns: tl.constexpr = (L + BL - 1) // BL
+    used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    row = tl.arange(0, BN)
+    n_blocks = tl.cdiv(used, BN)
+    for tile in range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0)):
+        first = (n_blocks - 1 - tile // n_columns) * BN
+        first_column = (tile % n_columns) * BL
+        column = hold_within(first_column + tl.arange(0, BL), L, BL)
+        at = tl.cast(first, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
+        hidden = tl.load(hidden_ptr + at)  # not by bulk copies: under way while the product is worked out
+        acc = tl.zeros((BN, BL), tl.float32)
+        for a in range(0, G, BD):
+            acc = tl.dot(d_gate.load([first, a]), gate_weight.load([a, first_column]), acc, input_precision=PRECISION)
+        if D_HIDDEN:
+            acc += tl.load(d_hidden_ptr + at).to(tl.float32)
+        d_reduced.store([first, first_column], tl.where(hidden > 0, acc, 0.0).to(d_reduced.dtype))
 
 
 @triton.jit
@@ -170,9 +164,10 @@ def active_splits(used, n_splits, LEAST: tl.constexpr):
 @triton.jit
 def rows_product(
     left, right, left_ptr, right_ptr, right_first, tile, first, end,
-    M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, LEFT_STRIDE: tl.constexpr, RIGHT_STRIDE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A (BM, BC) tile of leftᵀ right over the rows of left from first to end, with its places and their mask.
+    """A (BM, BC) tile of leftᵀ right, M by C, over the rows of left from first to end, and its rows and columns.
 
     Whole blocks of rows come by bulk copies; what is left of them by masked loads, as the next rows are not the bag's.
     """
@@ -189,34 +184,33 @@ def rows_product(
     right_columns = right_column + tl.arange(0, BC)
     if whole_end < end:
         rows = whole_end + tl.arange(0, BN)
-        left_at = rows.to(tl.int64)[:, None] * M + left_columns[None, :]
-        right_at = (right_first + rows).to(tl.int64)[:, None] * C + right_columns[None, :]
+        left_at = rows.to(tl.int64)[:, None] * LEFT_STRIDE + left_columns[None, :]
+        right_at = (right_first + rows).to(tl.int64)[:, None] * RIGHT_STRIDE + right_columns[None, :]
         row_fits = (rows < end)[:, None]
         left_rest = tl.load(left_ptr + left_at, mask=row_fits & (left_columns < M)[None, :], other=0.0)
         right_rest = tl.load(right_ptr + right_at, mask=row_fits & (right_columns < C)[None, :], other=0.0)
         acc = tl.dot(tl.trans(left_rest), right_rest, acc, input_precision=PRECISION)
-    at = left_columns[:, None] * C + right_columns[None, :]
-    return acc, at, (left_columns < M)[:, None] & (right_columns < C)[None, :]
+    return acc, left_columns[:, None], right_columns[None, :]
 
 
 @triton.jit
 def weight_gradient_kernel(
-    d_reduced, x, d_gate, hidden, shares, d_reduced_ptr, x_ptr, d_gate_ptr, hidden_ptr, shares_ptr,
+    d_reduced, x, d_gate, hidden, d_projected, d_reduced_ptr, x_ptr, d_gate_ptr, hidden_ptr,
     large_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, n_splits,
-    D: tl.constexpr, L: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, LEAST: tl.constexpr, SHARES: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """dW1 = d(X W1ᵀ)ᵀ X and [dV; dU] = [dV' dU']ᵀ H in one launch, a tile and a share of the rows a program.
 
-    With SHARES, the attention (N, BK) by its branches, the pooled rows z = P H too, (K, L).
+    Where gradients of Q projections follow those of the gate, (N, G = 2A + BQ), those of the heads follow too, (Q, L).
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BC - 1) // BC
     n_reduction_tiles: tl.constexpr = ((L + BM - 1) // BM) * ((D + BC - 1) // BC)
-    n_gate_tiles: tl.constexpr = ((G + BM - 1) // BM) * n_columns
-    n_tiles: tl.constexpr = n_reduction_tiles + n_gate_tiles + (n_columns if SHARES else 0)
-    size: tl.constexpr = L * D + G * L + (K * L if SHARES else 0)
+    n_gate_tiles: tl.constexpr = ((2 * A + BM - 1) // BM) * n_columns
+    n_tiles: tl.constexpr = n_reduction_tiles + n_gate_tiles + (n_columns if Q > 0 else 0)
+    size: tl.constexpr = L * (D + 2 * A + Q)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     splits = active_splits(used, n_splits, LEAST)
     tile = tl.program_id(0) % n_tiles
@@ -231,32 +225,31 @@ def weight_gradient_kernel(
             x_first = zero
             if WINDOW:
                 x_first = tl.load(x_first_ptr).to(tl.int32)
-            acc, at, fits = rows_product(
-                d_reduced, x, d_reduced_ptr, x_ptr, x_first, tile, first, end, L, D, BM, BC, BN, PRECISION
+            acc, row, column = rows_product(
+                d_reduced, x, d_reduced_ptr, x_ptr, x_first, tile, first, end, L, D, L, D, BM, BC, BN, PRECISION
             )
-            tl.store(out_ptr + at, acc, mask=fits)
+            tl.store(out_ptr + row * D + column, acc, mask=(row < L) & (column < D))
         elif tile < n_reduction_tiles + n_gate_tiles:
-            acc, at, fits = rows_product(
+            acc, row, column = rows_product(
                 d_gate, hidden, d_gate_ptr, hidden_ptr, zero, tile - n_reduction_tiles, first, end,
-                G, L, BM, BC, BN, PRECISION,
+                2 * A, L, G, L, BM, BC, BN, PRECISION,
             )  # fmt: skip
-            tl.store(out_ptr + L * D + at, acc, mask=fits)
-        else:
-            if SHARES:  # the columns of H are the long side: a warp group's product has 64 rows at least
-                pooled, at, fits = rows_product(
-                    hidden, shares, hidden_ptr, shares_ptr, zero, tile - n_reduction_tiles - n_gate_tiles, first, end,
-                    L, BK, BC, BK, BN, PRECISION,
-                )  # fmt: skip
-                branch = at % BK
-                tl.store(out_ptr + L * D + G * L + branch * L + at // BK, pooled, mask=fits & (branch < K))
+            tl.store(out_ptr + L * D + row * L + column, acc, mask=(row < 2 * A) & (column < L))
+        elif Q > 0:  # the columns of H are the long side: a warp group's product has 64 rows at least
+            heads, column_of_head, line = rows_product(
+                hidden, d_projected, hidden_ptr, d_gate_ptr + 2 * A, zero, tile - n_reduction_tiles - n_gate_tiles,
+                first, end, L, BQ, L, G, BC, BQ, BN, PRECISION,
+            )  # fmt: skip
+            heads_at = L * (D + 2 * A) + line * L + column_of_head
+            tl.store(out_ptr + heads_at, heads, mask=(line < Q) & (column_of_head < L))
 
 
 @triton.jit
-def sum_large_partials(large_ptr, columns, column_fits, size, splits, BP: tl.constexpr):
-    """Sum of some columns of the partial sums (splits, size) over the splits; all loads are in flight at once."""
+def sum_large_partials(large_ptr, columns, n_large, splits, BP: tl.constexpr):
+    """Sum of the partial gradients of the matrices over the splits; all loads are in flight at once."""
     split = tl.arange(0, BP)
-    fits = (split < splits)[:, None] & column_fits[None, :]
-    at = split.to(tl.int64)[:, None] * size + columns[None, :]
+    fits = (split < splits)[:, None] & (columns < n_large)[None, :]
+    at = split.to(tl.int64)[:, None] * n_large + columns[None, :]
     return tl.sum(tl.load(large_ptr + at, mask=fits, other=0.0), axis=0)
 
 
@@ -283,7 +276,7 @@ def sum_partials_kernel(
     if pid < n_large_blocks:
         columns = pid * BC + tl.arange(0, BC)
         splits = active_splits(tl.zeros((), tl.int32) + n_rows, n_splits, LEAST)
-        total = sum_large_partials(large_ptr, columns, columns < n_large, n_large, splits, BP)
+        total = sum_large_partials(large_ptr, columns, n_large, splits, BP)
         tl.store(out_ptr + columns, total, mask=columns < n_large)
     else:
         small_columns = (pid - n_large_blocks) * BS + tl.arange(0, BS)

@@ -1,4 +1,4 @@
-"""Gated-attention scores by fused kernels: two launches forward, three backward, registered with torch.library."""
+"""Gated-attention scores by fused kernels: two launches forward, four backward, registered with torch.library."""
 
 from typing import Any
 
@@ -11,11 +11,12 @@ from acmil.kernels.gated_scores.launches import (
     Rows,
     Weights,
     choose_tiles,
+    gate_backward_programs,
     launch_gate,
+    launch_gate_backward,
     launch_reduce,
-    launch_rows_backward,
+    launch_reduction_backward,
     launch_weight_gradient,
-    row_programs,
     weight_gradient_splits,
 )
 from acmil.kernels.launch import ceil_div, chained, check_operands, power_of_2_at_least
@@ -93,18 +94,20 @@ def gated_scores_backward_op(
     device = features.device
     tiles = choose_tiles(rows.n_rows, n_hidden, n_gate, features.dtype, device)
     d_reduced, d_gate = torch.empty_like(hidden), torch.empty_like(gate)
-    n_programs = row_programs(rows.n_rows, n_hidden, tiles.rows_backward, device)
+    if d_scores is None:
+        d_scores = torch.zeros((n_branches, rows.n_rows), dtype=torch.float32, device=device)
+    n_programs = gate_backward_programs(rows.n_rows, tiles.gate_backward, device)
     n_small = 2 * n_gate + n_branches * (n_gate + 1)
     small = torch.empty((n_programs, n_small), dtype=torch.float32, device=device)
-    launch_rows_backward(
-        hidden, gate, weights, d_gate, d_reduced, small, rows, tiles.rows_backward,
-        d_scores=None if d_scores is None else d_scores.contiguous(),
+    launch_gate_backward(gate, weights, d_gate, small, rows, tiles.gate_backward, d_scores=d_scores.contiguous())
+    launch_reduction_backward(
+        hidden, d_gate, torch.cat((weights.v, weights.u)), d_reduced, rows, tiles.reduction_backward,
         d_hidden=None if d_hidden is None else d_hidden.contiguous(),
     )  # fmt: skip
     _, splits = weight_gradient_splits(rows.n_rows, n_features, n_hidden, n_gate, tiles.weight_gradient, device)
     n_large = n_hidden * n_features + 2 * n_gate * n_hidden
     large = torch.empty((splits, n_large), dtype=torch.float32, device=device)
-    launch_weight_gradient(features, hidden, d_reduced, d_gate, large, rows, tiles.weight_gradient)
+    launch_weight_gradient(features, hidden, d_reduced, d_gate, n_gate, large, rows, tiles.weight_gradient)
     gradients = torch.empty((n_large + n_small,), dtype=torch.float32, device=device)
     block, small_block = 512, 16
     n_large_blocks = ceil_div(n_large, block)

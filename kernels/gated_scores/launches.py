@@ -1,13 +1,14 @@
 """Launches of the gated-score kernels over buffers that the caller gives: an operator's, or a training step's."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from acmil.kernels.gated_scores.backward_kernels import (
-    rows_backward_kernel,
+    gate_backward_kernel,
+    reduction_backward_kernel,
     weight_gradient_kernel,
 )
 from acmil.kernels.gated_scores.forward_kernels import gate_kernel, reduce_kernel
@@ -65,13 +66,11 @@ class PoolGradients(NamedTuple):
     """What the backward of the scores needs to take in that of one bag's pool and heads, in the same pass over rows."""
 
     scores: Tensor  # (K, ΣN) float32
-    stats: Tensor  # (K, 2) float32: maximum, and the inverse of the sum of exponentials
+    stats: Tensor  # (2, K) float32: maximum, and the inverse of the sum of exponentials
     projections: Tensor  # H Wᵀ, ((K + 1) C, ΣN) float32
-    heads: Tensor  # W, ((K + 1) C, L): of the branches, then of the bag
-    d_logits: Tensor  # ((K + 1) C,) float32
+    d_logits: Tensor  # ((K + 1) C,) float32: of the branches, then of the bag
     d_pairs: Tensor | None  # (K, K) float32: dG + dGᵀ of the Gram matrix
     correction: Tensor  # (K,) float32: Σ_n P dP
-    shares: Tensor  # (ΣN, 16), where P is written, by rows, in the features' type
 
 
 class Tiles(NamedTuple):
@@ -79,7 +78,8 @@ class Tiles(NamedTuple):
 
     reduce: Tile
     gate: Tile
-    rows_backward: Tile  # its depth: columns of X W1ᵀ that a program goes over
+    gate_backward: Tile
+    reduction_backward: Tile
     weight_gradient: Tile
 
 
@@ -90,15 +90,19 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
         narrow = min(64, power_of_2_at_least(n_hidden))
         return Tiles(
             reduce=Tile(64, narrow, 32, 4, 3, 2),
-            gate=Tile(64, whole_gate, 32, 8, 2, 1),
-            rows_backward=Tile(16 if n_gate > 128 else 32, 32, n_hidden, 8, 2, 1),
+            gate=Tile(16, whole_gate, 32, 8, 2, 2),
+            gate_backward=Tile(16 if n_gate > 128 else 32, whole_gate, 32, 8, 2, 1),
+            reduction_backward=Tile(64, narrow, 32, 4, 3, 2),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
     long = n_rows >= 128 * processors
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
-        gate=Tile(128 if long and n_gate <= 128 else 64, whole_gate, 64, 8, 3, 1),
-        rows_backward=_rows_backward_tile(n_rows, n_hidden, whole_gate, processors),
+        gate=_gate_tile(n_rows, whole_gate, processors),
+        gate_backward=Tile(
+            16 if n_rows <= 32 * processors else 32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2
+        ),
+        reduction_backward=_reduction_backward_tile(n_rows, n_hidden, processors),
         weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
 
@@ -121,10 +125,23 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
     return best
 
 
-def _rows_backward_tile(n_rows: int, n_hidden: int, n_gate: int, processors: int) -> Tile:
-    """Tile of the backward pass over rows: of few rows several programs share the columns."""
-    groups = min(ceil_div(n_hidden, 128), max(1, processors // ceil_div(n_rows, 64)))
-    return Tile(64, 64, ceil_div(n_hidden, 64 * groups) * 64, 4 if n_gate <= 128 else 8, 3, 2)
+def _gate_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
+    """Tile of the gate: two programs a processor where there is work for as many."""
+    if n_gate > 128:
+        return Tile(64, n_gate, 64, 8, 3, 1)
+    if n_rows >= 128 * processors:
+        return Tile(128, n_gate, 64, 8, 4, 1)
+    return Tile(64, n_gate, 64, 4, 2, 2) if n_rows >= 64 * processors else Tile(64, n_gate, 64, 4, 3, 1)
+
+
+def _reduction_backward_tile(n_rows: int, n_hidden: int, processors: int) -> Tile:
+    """Tile of the backward of the reduction: the largest that leaves no processor without work."""
+    if n_rows >= 128 * processors and n_hidden >= 256:
+        return Tile(128, 256, 64, 8, 3, 1)
+    columns = ceil_div(n_hidden, 128)
+    if ceil_div(n_rows, 128) * columns >= processors:
+        return Tile(128, 128, 64, 8, 4, 1)
+    return Tile(64, 128, 64, 4, 3, 2) if ceil_div(n_rows, 64) * columns >= processors else Tile(64, 64, 64, 4, 4, 2)
 
 
 def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
@@ -183,63 +200,75 @@ def launch_gate(
     )  # fmt: skip
 
 
-def column_groups(n_hidden: int, tile: Tile) -> int:
-    """How many programs of the backward pass over rows share the columns of a block."""
-    return ceil_div(n_hidden, tile.depth)
+def gate_backward_programs(n_rows: int, tile: Tile, device: torch.device) -> int:
+    """How many programs the backward of the gate has: each leaves one share of the gradients of biases and w."""
+    return _grid(ceil_div(n_rows, tile.rows), tile, device)[0]
 
 
-def row_programs(n_rows: int, n_hidden: int, tile: Tile, device: torch.device) -> int:
-    """How many programs the backward pass over rows has: each leaves one share of the gradients of biases and w."""
-    return _grid(ceil_div(n_rows, tile.rows) * column_groups(n_hidden, tile), tile, device)[0]
-
-
-def launch_rows_backward(
-    hidden: Tensor,
+def launch_gate_backward(
     gate: Tensor,
     weights: Weights,
     d_gate: Tensor,
-    d_reduced: Tensor,
     small: Tensor,
     rows: Rows,
     tile: Tile,
     *,
     d_scores: Tensor | None = None,
-    d_hidden: Tensor | None = None,
     pool: PoolGradients | None = None,
 ) -> None:
-    """Write the gradients of the gate's arguments (ΣN, 2A), of X W1ᵀ (ΣN, L) and, by program, of biases and w.
+    """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
 
-    Rows of `d_reduced` behind the last one used may be overwritten.
+    With `pool` in place of `d_scores`, those of the projections behind them: `d_gate` has (ΣN, 2A + 16 or more).
     """
-    (n_branches, n_gate), n_hidden = weights.score.shape, hidden.shape[1]
+    n_branches, n_gate = weights.score.shape
     strided = d_scores if pool is None else pool.scores
-    described: tuple[Any, ...] = (None,) * 8
-    n_classes, lines = 1, BRANCH_BLOCK
-    if pool is not None:
-        n_classes = pool.heads.shape[0] // (n_branches + 1)
-        lines = power_of_2_at_least(pool.heads.shape[0])
-        described = pool._replace(heads=TensorDescriptor.from_tensor(pool.heads, [lines, tile.columns]))
-    whole_gate = power_of_2_at_least(n_gate)
-    block = [whole_gate, tile.columns]
-    rows_backward_kernel[(row_programs(rows.n_rows, n_hidden, tile, hidden.device),)](
-        hidden, gate, weights.score, TensorDescriptor.from_tensor(weights.v, block),
-        TensorDescriptor.from_tensor(weights.u, block),
-        TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]), d_scores, d_hidden, *described,
-        d_gate, small, rows.offsets, rows.n_rows, 1, 0 if strided is None else strided.stride(0),
-        L=n_hidden, A=n_gate, K=n_branches, C=n_classes, BN=tile.rows, BL=tile.columns, BA=whole_gate,
-        BK=BRANCH_BLOCK, BQ=lines, GROUPS=column_groups(n_hidden, tile), D_SCORES=d_scores is not None,
-        D_HIDDEN=d_hidden is not None, POOL=pool is not None, PAIRS=pool is not None and pool.d_pairs is not None,
-        PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
+    assert strided is not None
+    n_lines = BRANCH_BLOCK if pool is None else pool.d_logits.shape[0]
+    gate_backward_kernel[(gate_backward_programs(rows.n_rows, tile, gate.device),)](
+        gate, weights.score, d_scores, *((None,) * 6 if pool is None else pool), d_gate, small,
+        rows.offsets, rows.n_rows, 1, strided.stride(0),
+        A=n_gate, K=n_branches, C=n_lines // (n_branches + 1), G=d_gate.shape[1], BN=tile.rows, BA=tile.columns,
+        BK=BRANCH_BLOCK, BQ=power_of_2_at_least(n_lines), POOL=pool is not None,
+        PAIRS=pool is not None and pool.d_pairs is not None, PACKED=rows.offsets is not None,
+        **_options(gate, tile, fast=True),
+    )  # fmt: skip
+
+
+def launch_reduction_backward(
+    hidden: Tensor,
+    d_gate: Tensor,
+    gate_weight: Tensor,
+    d_reduced: Tensor,
+    rows: Rows,
+    tile: Tile,
+    *,
+    d_hidden: Tensor | None = None,
+) -> None:
+    """Write d(X W1ᵀ) (ΣN, L) from the gradients of the gate's arguments, and of H or of projections of it.
+
+    `gate_weight` is `[V; U]`, (2A, L), or with the heads behind it. Rows of `d_reduced` behind the last one used may be
+    overwritten.
+    """
+    n_hidden = hidden.shape[1]
+    n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
+    reduction_backward_kernel[_grid(n_tiles, tile, hidden.device)](
+        hidden,
+        TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
+        TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
+        d_hidden, rows.offsets, rows.n_rows, 1,
+        L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, D_HIDDEN=d_hidden is not None,
+        PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip
 
 
 def weight_gradient_splits(
-    n_rows: int, n_features: int, n_hidden: int, n_gate: int, tile: Tile, device: torch.device, *, pooled: bool = False
+    n_rows: int, n_features: int, n_hidden: int, n_gate: int, tile: Tile, device: torch.device, *, heads: bool = False
 ) -> tuple[int, int]:
     """Output tiles of the weight gradients, and into how many shares the rows are cut so that all processors work."""
     columns = ceil_div(n_hidden, tile.columns)
     tiles = ceil_div(n_hidden, tile.rows) * ceil_div(n_features, tile.columns)
-    tiles += ceil_div(2 * n_gate, tile.rows) * columns + (columns if pooled else 0)
+    tiles += ceil_div(2 * n_gate, tile.rows) * columns + (columns if heads else 0)
     splits = min(tile.programs * n_processors(device) // tiles, ceil_div(n_rows, LEAST_SPLIT_ROWS))
     return tiles, max(1, splits)
 
@@ -249,25 +278,26 @@ def launch_weight_gradient(
     hidden: Tensor,
     d_reduced: Tensor,
     d_gate: Tensor,
+    n_gate: int,
     large: Tensor,
     rows: Rows,
     tile: Tile,
     *,
-    shares: Tensor | None = None,
-    n_branches: int = 0,
+    n_heads: int = 0,
 ) -> None:
-    """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32; with `shares` of z (K, L) behind them."""
-    n_features, n_hidden, gates = features.shape[1], hidden.shape[1], d_gate.shape[1]
-    tiles, _ = weight_gradient_splits(
-        rows.n_rows, n_features, n_hidden, gates // 2, tile, hidden.device, pooled=shares is not None
-    )
-    left, right = [tile.depth, tile.rows], [tile.depth, tile.columns]
+    """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32, with those of `n_heads` rows behind them.
+
+    `d_gate` has the gradients of the gate's arguments, (ΣN, 2A), and those of the projections on heads behind them.
+    """
+    n_features, n_hidden, n_columns = features.shape[1], hidden.shape[1], d_gate.shape[1]
+    tiles, _ = weight_gradient_splits(rows.n_rows, n_features, n_hidden, n_gate, tile, hidden.device, heads=n_heads > 0)
+    left, right, lines = [tile.depth, tile.rows], [tile.depth, tile.columns], max(1, n_columns - 2 * n_gate)
+    d_projected = TensorDescriptor.from_tensor(d_gate[:, 2 * n_gate :], [tile.depth, lines]) if n_heads > 0 else None
     weight_gradient_kernel[(tiles * large.shape[0],)](
         TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),
-        TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right),
-        None if shares is None else TensorDescriptor.from_tensor(shares, [tile.depth, BRANCH_BLOCK]),
-        d_reduced, features, d_gate, hidden, shares, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
-        D=n_features, L=n_hidden, G=gates, K=n_branches, BM=tile.rows, BC=tile.columns, BN=tile.depth,
-        BK=BRANCH_BLOCK, LEAST=LEAST_SPLIT_ROWS, SHARES=shares is not None, WINDOW=rows.x_first is not None,
-        PACKED=rows.offsets is not None, **_options(hidden, tile),
+        TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right), d_projected,
+        d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
+        D=n_features, L=n_hidden, A=n_gate, Q=n_heads, G=n_columns, BM=tile.rows, BC=tile.columns, BN=tile.depth,
+        BQ=lines, LEAST=LEAST_SPLIT_ROWS, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
+        **_options(hidden, tile),
     )  # fmt: skip

@@ -31,7 +31,9 @@ def top_k_mask_op(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offset
     arrived = torch.zeros((n_lines * n_bags,), dtype=torch.int32, device=scores.device)
     zero = torch.zeros((1,), dtype=torch.int64, device=scores.device)
     picks = new_picks(n_lines, n_rows, n_bags, top_k, scores.device)
-    launch_mask(scores, keep, picks, arrived, drop_table(top_k, ratio, scores.device), seed, zero, top_k, offsets)
+    launch_mask(
+        scores, keep, picks, arrived, drop_table(top_k, ratio, scores.device), seed, zero, top_k, offsets, n_find=top_k
+    )
     return keep
 
 
@@ -45,16 +47,21 @@ def block_size(n_rows: int) -> int:
     return BLOCK if n_rows <= MOST_SLOTS * BLOCK else 2 * BLOCK
 
 
-def new_picks(n_lines: int, n_rows: int, n_bags: int, top_k: int, device: torch.device) -> Tensor:
-    """Room for each slot's highest scores, (R, slots, n) int64 keys."""
-    n_slots = ceil_div(n_rows, block_size(n_rows)) + n_bags
-    return torch.empty((n_lines, n_slots, power_of_2_at_least(top_k)), dtype=torch.int64, device=device)
+def new_picks(n_lines: int, n_rows: int, n_bags: int, n_find: int, device: torch.device) -> Tensor:
+    """Room for the highest of each slot of up to `n_rows` scores, (R, slots, n) int64 keys."""
+    n_slots = max(MOST_SLOTS, ceil_div(n_rows, 2 * BLOCK)) + n_bags
+    return torch.empty((n_lines, n_slots, power_of_2_at_least(n_find)), dtype=torch.int64, device=device)
 
 
 @lru_cache
 def drop_table(top_k: int, ratio: float, device: torch.device) -> Tensor:
     """How many of a pool of 0, 1, …, top_k are masked, (top_k + 1,) int32: reckoned once, on the host, exactly."""
     return torch.tensor([share_of_pool(n, ratio) for n in range(top_k + 1)], dtype=torch.int32, device=device)
+
+
+def n_to_find(top_k: int, ratio: float) -> int:
+    """How many of the highest scores show the highest that stays: one more than the pool where all of it is masked."""
+    return top_k + 1 if share_of_pool(top_k, ratio) == top_k else top_k
 
 
 def launch_mask(
@@ -67,26 +74,31 @@ def launch_mask(
     step: Tensor,
     top_k: int,
     offsets: Tensor | None,
+    *,
+    n_find: int,
+    maxima: Tensor | None = None,
 ) -> None:
     """Mask scores (R, ΣN) float32 of packed bags: in `keep`, or in place as -inf.
 
     Args:
         scores: (R, ΣN) float32; their row stride may be larger.
         keep: (R, ΣN) bool to write, or None.
-        picks: Scratch, of `new_picks`.
+        picks: Scratch, of `new_picks` for `n_find`.
         arrived: (R · B,) int32, zeros; left as zeros.
         n_drop: Of `drop_table`.
         seed: (1,) int64: with `step`, all that the draw depends on.
         step: (1,) int64.
-        top_k: Size of the pool.
+        top_k: Size of the pool; 0 masks nothing.
         offsets: (B+1,) int64, or None for one bag.
+        n_find: `top_k`, or `n_to_find` where there are maxima.
+        maxima: (R, B) float32 to write: the highest score that is not masked.
     """
     n_lines, n_rows = scores.shape
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
     block = block_size(n_rows)
     n_slots = ceil_div(n_rows, block)
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
-        scores, keep, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, scores.stride(0), top_k,
-        BN=block, BP=power_of_2_at_least(top_k), KEEP=keep is not None, PACKED=offsets is not None,
-        SEARCH=search_steps(n_bags), num_warps=8, **chained(scores.device),
+        scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, scores.stride(0),
+        top_k, n_find, BN=block, BP=power_of_2_at_least(n_find), KEEP=keep is not None, MAXIMA=maxima is not None,
+        PACKED=offsets is not None, SEARCH=search_steps(n_bags), num_warps=8, **chained(scores.device),
     )  # fmt: skip

@@ -45,29 +45,30 @@ def merge_top(picks, keys, n_top, BP: tl.constexpr):
 
 
 @triton.jit
-def draw_masked(picks, n_drop, seed, step, row, BP: tl.constexpr):
-    """Which `n_drop` of the picks are masked, (BP,) bool: those with the highest of independent random numbers."""
+def draw_masked(in_pool, n_drop, seed, step, row, BP: tl.constexpr):
+    """Which `n_drop` of the pool are masked, (BP,) bool: those with the highest of independent random numbers."""
     place = tl.arange(0, BP)
     zero = tl.zeros((BP,), tl.int32)
     numbers, _, _, _ = tl.philox(
         seed, place, zero + row, zero + (step & 0xFFFFFFFF).to(tl.int32), zero + (step >> 32).to(tl.int32)
     )
-    numbers = tl.where(picks != NO_KEY, (numbers.to(tl.int64) << 16) | place.to(tl.int64), -1)  # ties are broken
+    numbers = tl.where(in_pool, (numbers.to(tl.int64) << 16) | place.to(tl.int64), -1)  # ties are broken
     rank = tl.sum((numbers[None, :] > numbers[:, None]).to(tl.int32), axis=1)
-    return (rank < n_drop) & (picks != NO_KEY)
+    return (rank < n_drop) & in_pool
 
 
 @triton.jit
 def mask_kernel(
-    scores_ptr, keep_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
-    n_rows, n_bags, n_slots, score_stride, top_k,
-    BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr,
-    CHAINED: tl.constexpr,
+    scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
+    n_rows, n_bags, n_slots, score_stride, top_k, n_find,
+    BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr, PACKED: tl.constexpr,
+    SEARCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
 
     With KEEP a mask is written, (R, ΣN) bytes; otherwise masked scores become -inf in place, where a softmax gives them
-    exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked.
+    exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked. With MAXIMA the highest score that is left
+    is written, (R, B): for that the `n_find` highest are looked for, one more than the pool where all of it is masked.
     """
     wait_for_previous(CHAINED)
     line = tl.program_id(0)
@@ -81,7 +82,7 @@ def mask_kernel(
         rows = first + tl.arange(0, BN)  # a slot is one block: there are as many as the rows can fill
         fits = rows < end
         keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), rows, fits)
-        picks = find_top(keys, top_k, BP)
+        picks = find_top(keys, n_find, BP)
         if KEEP:
             tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
         first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
@@ -98,17 +99,22 @@ def mask_kernel(
             if count > 1:
                 at = tl.arange(0, BN)
                 keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
-                picks = find_top(keys, top_k, BP)
+                picks = find_top(keys, n_find, BP)
                 for n in range(BN, count * BP, BN):
                     at = n + tl.arange(0, BN)
                     keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
-                    picks = merge_top(picks, keys, top_k, BP)
+                    picks = merge_top(picks, keys, n_find, BP)
             n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length))
             n_drop = tl.minimum(n_drop, length - 1)
-            masked = draw_masked(picks, n_drop, tl.load(seed_ptr), tl.load(step_ptr), line * n_bags + bag, BP)
+            in_pool = (picks != NO_KEY) & (place < top_k)
+            masked = draw_masked(in_pool, n_drop, tl.load(seed_ptr), tl.load(step_ptr), line * n_bags + bag, BP)
             masked_rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
             if KEEP:
                 tl.store(keep_ptr + line.to(tl.int64) * n_rows + masked_rows, tl.zeros((BP,), tl.int8), mask=masked)
             else:
                 tl.store(line_ptr + masked_rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
+            if MAXIMA:
+                highest = (tl.max(tl.where(masked, NO_KEY, picks), axis=0) >> 32).to(tl.int32)
+                bits = tl.where(highest < 0, highest ^ 0x7FFFFFFF, highest)
+                tl.store(maxima_ptr + line * n_bags + bag, bits.to(tl.float32, bitcast=True))
             tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch

@@ -1,4 +1,4 @@
-"""A whole training step on static buffers: seven launches, no autograd, nothing read back to the host."""
+"""A whole training step on static buffers: eight launches, no autograd, nothing read back to the host."""
 
 from collections.abc import Sequence
 
@@ -9,36 +9,35 @@ from acmil.kernels.gated_scores.launches import (
     LEAST_SPLIT_ROWS,
     PoolGradients,
     Rows,
-    Tile,
     Tiles,
     Weights,
     choose_tiles,
-    column_groups,
+    gate_backward_programs,
     launch_gate,
+    launch_gate_backward,
     launch_reduce,
-    launch_rows_backward,
+    launch_reduction_backward,
     launch_weight_gradient,
-    row_programs,
     weight_gradient_splits,
 )
 from acmil.kernels.launch import (
-    BRANCH_BLOCK,
     ceil_div,
     chained,
-    dot_precision,
     n_processors,
     power_of_2_at_least,
 )
-from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, new_picks
+from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, n_to_find, new_picks
 from acmil.kernels.training_step.losses_kernel import losses_kernel
 from acmil.kernels.training_step.parameters import GatedParameters, sizes_of, views_of
 from acmil.kernels.training_step.update_kernel import update_kernel
 
 LOSS_TERMS = ("total", "bag", "branch", "diversity")
 
-_UPDATE_BLOCK, _HEAD_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 128, 16, 256
-_SLOT_ROWS, _MOST_SLOTS, _SLOTS_AT_ONCE = 128, 128, 16  # of the sums over a bag
+_UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 256
+_MOST_SLOTS = 160  # whose sums make up those of a bag
 _LARGEST_TILE = 128  # rows
+# By the most rows of a bag: numbers that a program of the losses adds up side by side, and its warps.
+_SUMS = ((4096, (2048, 4)), (16384, (4096, 8)), (float("inf"), (8192, 8)))
 
 
 class TrainingStep:
@@ -104,8 +103,8 @@ class TrainingStep:
             working.reduction_weight, working.v_weight, self.parameters.v_bias, working.u_weight,
             self.parameters.u_bias, working.score_weight, self.parameters.score_bias,
         )  # fmt: skip
-        n_heads = sizes.n_logits * sizes.hidden
-        self.heads = self.work[sizes.n_large : sizes.n_large + n_heads].view(sizes.n_logits, sizes.hidden)
+        below_reduction = self.work[sizes.hidden * sizes.features : sizes.n_large].view(-1, sizes.hidden)
+        self.gate_and_heads, self.heads = below_reduction, below_reduction[2 * sizes.gate :]  # [V; U; W], W
         self.head_bias = self.master[-sizes.n_logits :]
         positions = labels.numel() if positions is None else positions
         self.cursor = torch.zeros(6, dtype=torch.int64, device=device)
@@ -114,7 +113,7 @@ class TrainingStep:
         self.losses = torch.zeros((positions + 1, len(LOSS_TERMS)), device=device)
         self.powers = torch.tensor([1.0, 1.0, *betas], dtype=torch.float64, device=device)
         self.seed = torch.tensor([seed], dtype=torch.int64, device=device)
-        self.drop = drop_table(top_k, ratio, device)
+        self.drop, self.n_find = drop_table(top_k, ratio, device), n_to_find(top_k, ratio)
         self._allocate(device, features.dtype)
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -123,15 +122,14 @@ class TrainingStep:
         self.hidden = torch.empty((n_rows, s.hidden), dtype=dtype, device=device)
         self.d_reduced = torch.empty_like(self.hidden)
         self.gate = torch.empty((n_rows, 2 * s.gate), dtype=dtype, device=device)
-        self.d_gate = torch.empty_like(self.gate)
-        self.shares = torch.empty((n_rows, BRANCH_BLOCK), dtype=dtype, device=device)
+        columns = 2 * s.gate + power_of_2_at_least(s.n_logits)
+        self.d_gate = torch.empty((n_rows, columns), dtype=dtype, device=device)
         self.scores = torch.empty((s.branches, n_rows), device=device)
         self.projections = torch.empty((s.n_logits, n_rows), device=device)
-        self.picks = new_picks(s.branches, n_rows, 1, max(self.top_k, 1), device)
+        self.picks = new_picks(s.branches, n_rows, 1, self.n_find, device)
         self.arrived = torch.zeros(s.branches + 1, dtype=torch.int32, device=device)
-        self.maxima = torch.empty((_MOST_SLOTS, s.branches), device=device)
-        self.sums = torch.empty((_MOST_SLOTS, s.branches, 1 + 2 * s.classes + s.branches), device=device)
-        self.stats = torch.empty((s.branches, 2), device=device)
+        self.sums = torch.empty((_MOST_SLOTS + 1, s.branches, 1 + 2 * s.classes + s.branches), device=device)
+        self.stats = torch.empty((2, s.branches), device=device)
         self.d_logits = torch.empty(s.n_logits, device=device)
         self.d_pairs = torch.empty((s.branches, s.branches), device=device)
         self.correction = torch.empty(s.branches, device=device)
@@ -175,37 +173,35 @@ class TrainingStep:
         if tiles is None:
             tiles = choose_tiles(n_rows, s.hidden, s.gate, self.features.dtype, self.features.device)
         device = self.features.device
-        n_row_programs = row_programs(n_rows, s.hidden, tiles.rows_backward, device)
-        if n_row_programs > self.small.shape[0]:
-            raise ValueError(f"tiles.rows_backward must have at most 2 programs, got {tiles.rows_backward.programs}.")
+        row_programs = gate_backward_programs(n_rows, tiles.gate_backward, device)
+        if row_programs > self.small.shape[0]:
+            raise ValueError(f"tiles.gate_backward must have at most 2 programs, got {tiles.gate_backward.programs}.")
         scores, projections = self.scores[:, :n_rows], self.projections[:, :n_rows]
         launch_reduce(self.features, self.weights.reduction, self.hidden, rows, tiles.reduce)
         launch_gate(
             self.hidden, self.weights, scores, self.gate, rows, tiles.gate, heads=self.heads, projections=projections
         )
-        if self.top_k > 0:
-            launch_mask(
-                scores, None, self.picks, self.arrived[1:], self.drop, self.seed, self.cursor[5:6], self.top_k,
-                rows.offsets,
-            )  # fmt: skip
+        launch_mask(
+            scores, None, self.picks, self.arrived[1:], self.drop, self.seed, self.cursor[5:6], self.top_k,
+            rows.offsets, n_find=self.n_find, maxima=self.stats[0],
+        )  # fmt: skip
         self._launch_losses(n_rows)
         pool = PoolGradients(
-            scores, self.stats, projections, self.heads, self.d_logits, self.d_pairs if s.branches > 1 else None,
-            self.correction, self.shares,
-        )  # fmt: skip
-        launch_rows_backward(
-            self.hidden, self.gate, self.weights, self.d_gate, self.d_reduced, self.small, rows, tiles.rows_backward,
-            pool=pool,
-        )  # fmt: skip
+            scores, self.stats, projections, self.d_logits, self.d_pairs if s.branches > 1 else None, self.correction
+        )
+        launch_gate_backward(self.gate, self.weights, self.d_gate, self.small, rows, tiles.gate_backward, pool=pool)
+        launch_reduction_backward(
+            self.hidden, self.d_gate, self.gate_and_heads, self.d_reduced, rows, tiles.reduction_backward
+        )
         _, splits = weight_gradient_splits(
-            n_rows, s.features, s.hidden, s.gate, tiles.weight_gradient, device, pooled=True
+            n_rows, s.features, s.hidden, s.gate, tiles.weight_gradient, device, heads=True
         )
         large = self._partial_gradients(splits)
         launch_weight_gradient(
-            self.features, self.hidden, self.d_reduced, self.d_gate, large, rows, tiles.weight_gradient,
-            shares=self.shares, n_branches=s.branches,
+            self.features, self.hidden, self.d_reduced, self.d_gate, s.gate, large, rows, tiles.weight_gradient,
+            n_heads=s.n_logits,
         )  # fmt: skip
-        self._launch_update(large, n_row_programs, tiles.rows_backward)
+        self._launch_update(large, row_programs, tiles.gate_backward.rows)
 
     def capture(self, sizes: Sequence[int]) -> "list[torch.cuda.CUDAGraph]":
         """A CUDA graph of one step for each size of bag; the state is left as it was.
@@ -237,34 +233,36 @@ class TrainingStep:
 
     def _partial_gradients(self, splits: int) -> Tensor:
         """Room for the partial sums of the large gradients, (splits, n); it never shrinks, so graphs may hold it."""
-        size = self.sizes.n_large + self.sizes.branches * self.sizes.hidden
+        size = self.sizes.n_large
         if self.large.numel() < splits * size:
             self.large = torch.empty(splits * size, device=self.master.device)
         return self.large[: splits * size].view(splits, size)
 
     def _launch_losses(self, n_rows: int) -> None:
-        s, n_slots = self.sizes, min(_MOST_SLOTS, ceil_div(n_rows, _SLOT_ROWS))
+        s, sums = self.sizes, power_of_2_at_least(self.sums[0].numel())
+        at_once, warps = next(shape for most, shape in _SUMS if n_rows <= most)
+        block = max(1, at_once // sums)
+        n_slots = min(_MOST_SLOTS, ceil_div(n_rows, block))
         losses_kernel[(n_slots,)](
-            self.scores, self.projections, self.maxima, self.sums, self.arrived, self.head_bias, self.d_logits,
-            self.stats, self.d_pairs, self.correction, self.cursor, self.losses, self.rates, self.powers, self.update,
-            self.used, n_slots, self.scores.stride(0), self.weight_decay,
-            K=s.branches, C=s.classes, BN=_SLOT_ROWS, BK=BRANCH_BLOCK, BKS=power_of_2_at_least(s.branches, least=2),
-            BQ=power_of_2_at_least(s.n_logits), BX=power_of_2_at_least(self.sums.shape[2]), BS=_MOST_SLOTS,
-            BW=_SLOTS_AT_ONCE, PRECISION=dot_precision(self.features.dtype), num_warps=4,
+            self.scores, self.projections, self.stats, self.sums, self.arrived, self.head_bias, self.d_logits,
+            self.d_pairs, self.correction, self.cursor, self.losses, self.rates, self.powers, self.update, self.used,
+            n_slots, self.scores.stride(0), self.weight_decay,
+            K=s.branches, C=s.classes, BN=block, BK=power_of_2_at_least(s.branches, least=2),
+            BX=power_of_2_at_least(self.sums.shape[2]), BS=sums, MOST=_MOST_SLOTS, num_warps=warps,
             **chained(self.features.device),
         )  # fmt: skip
 
-    def _launch_update(self, large: Tensor, n_row_programs: int, rows_tile: Tile) -> None:
+    def _launch_update(self, large: Tensor, row_programs: int, row_block: int) -> None:
         s = self.sizes
-        programs = ceil_div(s.n_small, _SMALL_BLOCK) + ceil_div(s.n_large, _UPDATE_BLOCK)
-        programs += ceil_div(s.n_logits * s.hidden, _HEAD_BLOCK) + 1
+        programs = ceil_div(s.n_small, _SMALL_BLOCK) + ceil_div(s.n_large, _UPDATE_BLOCK) + 1
         half = self.work is not self.master
+        idle = s.classes * s.hidden if s.branches == 1 else 0
         update_kernel[(programs,)](
             large, self.small, self.d_logits, self.master, *self.moments, self.work if half else None, self.update,
             self.used, self.cursor, self.order, self.bag_offsets, self.labels, self.order.numel(),
-            s.n_large, s.n_small, large.shape[0], n_row_programs, rows_tile.rows, column_groups(s.hidden, rows_tile),
-            1.0 - self.betas[0], 1.0 - self.betas[1], self.epsilon,
-            L=s.hidden, K=s.branches, C=s.classes, BC=_UPDATE_BLOCK, BH=_HEAD_BLOCK, BS=_SMALL_BLOCK,
-            BB=power_of_2_at_least(s.n_logits), BP=power_of_2_at_least(large.shape[0], least=1), BLOCKS=_ROW_PARTIALS,
-            LEAST=LEAST_SPLIT_ROWS, WORK=half, num_warps=4, **chained(self.features.device),
+            s.n_large, s.n_small, s.n_logits, s.hidden * (s.features + 2 * s.gate), idle,
+            large.shape[0], row_programs, row_block, 1.0 - self.betas[0], 1.0 - self.betas[1], self.epsilon,
+            BC=_UPDATE_BLOCK, BS=_SMALL_BLOCK, BB=power_of_2_at_least(s.n_logits),
+            BP=power_of_2_at_least(large.shape[0], least=1), BLOCKS=_ROW_PARTIALS, LEAST=LEAST_SPLIT_ROWS, WORK=half,
+            num_warps=4, **chained(self.features.device),
         )  # fmt: skip

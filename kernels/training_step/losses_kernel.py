@@ -4,100 +4,66 @@
 import triton
 import triton.language as tl
 
-from acmil.kernels.products import dot_of_pairs, wait_for_previous
+from acmil.kernels.products import wait_for_previous
 from acmil.kernels.slots import slot_size
 
 
 @triton.jit
-def sum_slot(
-    scores_ptr, projections_ptr, maxima_ptr, sums_ptr, first, end, score_stride,
-    K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The sums of one slot, with m its own maximum: K rows of X = 1 + 2 C + K numbers.
+def places_of_sums(K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BS: tl.constexpr):
+    """What each of the K X sums of a bag is made of: its branch, the other branch, the projection, and which it has.
 
-    `Σ e_k`, then `Σ e_k q_kc` of the branch's own projections, `Σ e_k q_c` of the bag's, and `Σ e_k e_j`, where
-    `e_k = e^(S_k − m_k)`.
+    Row k has X = 1 + 2 C + K numbers: `Σ e_k`, then `Σ e_k q_kc` of the branch's own projections, `Σ e_k q_c` of the
+    bag's, and `Σ e_k e_j`, where `e_k = e^(S_k − m_k)` and m is the bag's maximum.
     """
-    branch = tl.arange(0, BK)
-    projection = tl.arange(0, BQ)
-    row = tl.arange(0, BN)
-    branch_fits = branch < K
-    projection_fits = projection < (K + 1) * C
-    score_at = branch.to(tl.int64)[None, :] * score_stride + row[:, None]
-    projection_at = projection.to(tl.int64)[None, :] * score_stride + row[:, None]
-    maximum = tl.full((BK,), float("-inf"), tl.float32)
-    total = tl.zeros((BK,), tl.float32)
-    pooled = tl.zeros((BK, BQ), tl.float32)
-    gram = tl.zeros((BK, BK), tl.float32)
-    for n in range(first, end, BN):
-        row_fits = (row < end - n)[:, None]
-        scores = tl.load(scores_ptr + n + score_at, mask=row_fits & branch_fits[None, :], other=float("-inf"))
-        projected_fits = row_fits & projection_fits[None, :]
-        projected = tl.load(projections_ptr + n + projection_at, mask=projected_fits, other=0.0)
-        higher = tl.maximum(maximum, tl.max(scores, axis=0))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # all masked so far: e^(-inf − 0) is 0, not NaN
-        scale = tl.exp(maximum - finite)
-        share = tl.exp(scores - finite[None, :])  # (BN, BK)
-        total = total * scale + tl.sum(share, axis=0)
-        pooled = dot_of_pairs(tl.trans(share), projected, pooled * scale[:, None], PRECISION)
-        gram = dot_of_pairs(tl.trans(share), share, gram * (scale[:, None] * scale[None, :]), PRECISION)
-        maximum = higher
-    tl.store(maxima_ptr + branch, maximum, mask=branch_fits)
-    tl.store(sums_ptr + branch * X, total, mask=branch_fits)
-    pair_fits = branch_fits[:, None] & branch_fits[None, :]
-    tl.store(sums_ptr + branch[:, None] * X + 1 + 2 * C + branch[None, :], gram, mask=pair_fits)
-    of_bag = projection >= K * C
-    place = tl.where(of_bag, 1 + C + projection - K * C, 1 + projection % C)
-    own = of_bag[None, :] | ((projection // C)[None, :] == branch[:, None])
-    at = branch[:, None] * X + place[None, :]
-    tl.store(sums_ptr + at, pooled, mask=own & branch_fits[:, None] & projection_fits[None, :])
+    s = tl.arange(0, BS)
+    branch = s // X
+    place = s % X
+    fits = branch < K
+    other = place - 1 - 2 * C
+    is_pair = fits & (other >= 0)
+    is_projection = fits & (place >= 1) & (other < 0)
+    projection = tl.where(place < 1 + C, branch * C, K * C - C) + place - 1
+    return branch, fits, other, is_pair, projection, is_projection
 
 
 @triton.jit
-def sum_slots(
-    maxima_ptr, sums_ptr, count,
-    K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
-    BW: tl.constexpr,
+def sum_rows(
+    scores_ptr, projections_ptr, maxima_ptr, sums_ptr, first, end, score_stride,
+    K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a bag (BK, BX) from its slots', their maxima (BK,), and by column j of the pairs Σ e_j and Σ e_j².
+    """The sums over some rows, (K, X), written one after another.
 
-    With M the greatest m, a slot's sums are scaled by `e^(m − M)`, those of pairs by both branches' factors, and added
-    in fixed order. There are at most BS slots; BW of them are held at once.
+    Each is a sum of `e_k f` with f = 1, a projection q or e_j; all are worked out side by side, element by element: as
+    products they would be too small for tensor cores.
     """
-    branch = tl.arange(0, BK)
-    x = tl.arange(0, BX)
-    j = x - 1 - 2 * C
-    is_pair = (j >= 0) & (j < K)
-    slot = tl.arange(0, BS)
-    slot_fits = (slot < count)[:, None]
-    fits = slot_fits & (branch < K)[None, :]
-    maximum = tl.max(tl.load(maxima_ptr + slot[:, None] * K + branch[None, :], mask=fits, other=float("-inf")), axis=0)
-    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-    fits = slot_fits & is_pair[None, :]
-    of_pair = tl.max(tl.load(maxima_ptr + slot[:, None] * K + j[None, :], mask=fits, other=float("-inf")), axis=0)
-    of_pair = tl.where(of_pair == float("-inf"), 0.0, of_pair)
-    sums = tl.zeros((BK, BX), tl.float32)
-    total = tl.zeros((BX,), tl.float32)
-    square = tl.zeros((BX,), tl.float32)
-    for s in range(0, count, BW):
-        some = s + tl.arange(0, BW)
-        some_fit = some < count
-        fits = some_fit[:, None] & (branch < K)[None, :]
-        own = tl.load(maxima_ptr + some[:, None] * K + branch[None, :], mask=fits, other=float("-inf"))
-        factor = tl.exp(own - maximum[None, :])  # (BW, BK)
-        fits = some_fit[:, None] & is_pair[None, :]
-        other = tl.load(maxima_ptr + some[:, None] * K + j[None, :], mask=fits, other=float("-inf"))
-        other_factor = tl.where(is_pair[None, :], tl.exp(other - of_pair[None, :]), 1.0)  # (BW, BX)
-        value_at = (some[:, None, None] * K + branch[None, :, None]) * X + x[None, None, :]
-        value_fits = some_fit[:, None, None] & (branch < K)[None, :, None] & (x < X)[None, None, :]
-        value = tl.load(sums_ptr + value_at, mask=value_fits, other=0.0)
-        sums += tl.sum(value * factor[:, :, None] * other_factor[:, None, :], axis=0)
-        line_ptr = sums_ptr + (some[:, None] * K + j[None, :]) * X
-        total += tl.sum(tl.load(line_ptr, mask=fits, other=0.0) * other_factor, axis=0)
-        pair = tl.load(line_ptr + x[None, :], mask=fits, other=0.0)
-        square += tl.sum(pair * other_factor * other_factor, axis=0)
-    return sums, maximum, total, square
+    branch, fits, other, is_pair, projection, is_projection = places_of_sums(K, C, X, BS)
+    row = tl.arange(0, BN)
+    maximum = tl.load(maxima_ptr + branch, mask=fits, other=0.0)[None, :]
+    other_maximum = tl.load(maxima_ptr + other, mask=is_pair, other=0.0)[None, :]
+    branch_at = branch.to(tl.int64)[None, :] * score_stride + row[:, None]
+    other_at = other.to(tl.int64)[None, :] * score_stride + row[:, None]
+    projection_at = projection.to(tl.int64)[None, :] * score_stride + row[:, None]
+    sums = tl.zeros((BN, BS), tl.float32)
+    for n in range(first, end, BN):
+        row_fits = (row < end - n)[:, None]
+        factor = tl.load(projections_ptr + n + projection_at, mask=row_fits & is_projection[None, :], other=1.0)
+        score = tl.load(scores_ptr + n + branch_at, mask=row_fits & fits[None, :], other=float("-inf"))
+        other_score = tl.load(scores_ptr + n + other_at, mask=row_fits & is_pair[None, :], other=float("-inf"))
+        factor = tl.where(is_pair[None, :], tl.exp(other_score - other_maximum), factor)
+        sums += tl.exp(score - maximum) * factor
+    tl.store(sums_ptr + tl.arange(0, BS), tl.sum(sums, axis=0), mask=fits)
+
+
+@triton.jit
+def sum_slots(sums_ptr, total_ptr, count, n_sums, BS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Write the sums of a bag from those of its slots, (count, n_sums), added in fixed order."""
+    place = tl.arange(0, BS)
+    total = tl.zeros((BS,), tl.float32)
+    for s in range(0, count, AT_ONCE):
+        slot = s + tl.arange(0, AT_ONCE)
+        fits = (slot < count)[:, None] & (place < n_sums)[None, :]
+        total += tl.sum(tl.load(sums_ptr + slot[:, None] * n_sums + place[None, :], mask=fits, other=0.0), axis=0)
+    tl.store(total_ptr + place, total, mask=place < n_sums)
 
 
 @triton.jit
@@ -125,7 +91,6 @@ def diversity(sums, total, column_total, column_square, d_pairs_ptr, K: tl.const
     own = branch[:, None] == j[None, :]
     square = tl.sum(tl.where(fits & own, sums, 0.0), axis=1)  # Σ e_k²
     square = tl.where(branch < K, square, 1.0)
-    column_square = tl.where(is_pair, column_square, 1.0)
     inverse = 1.0 / (tl.sqrt(square)[:, None] * tl.sqrt(column_square)[None, :])
     cosine = tl.where(fits & (branch[:, None] != j[None, :]), sums * inverse, 0.0)
     scale: tl.constexpr = 1.0 / (K * (K - 1))
@@ -138,13 +103,12 @@ def diversity(sums, total, column_total, column_square, d_pairs_ptr, K: tl.const
 
 @triton.jit
 def losses_of_bag(
-    maxima_ptr, sums_ptr, count, head_bias_ptr, label, d_logits_ptr, stats_ptr, d_pairs_ptr, correction_ptr, losses_ptr,
-    K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
-    BW: tl.constexpr,
+    sums_ptr, head_bias_ptr, label, d_logits_ptr, inverse_ptr, d_pairs_ptr, correction_ptr, losses_ptr,
+    K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
-    """The three losses of a bag, and what the backward pass over its rows needs.
+    """The three losses of a bag, from its sums (K, X), and what the backward pass over its rows needs.
 
-    That is: maximum and inverse sum of each branch, (K, 2); the gradients of the logits, (K, C) and (C,) one after the
+    That is: the inverse of each branch's sum, (K,); the gradients of the logits, (K, C) and (C,) one after the
     other, which are also those of the heads' biases; the gradient in the Gram matrix, (K, K); and `Σ_n P dP`, (K,).
     """
     branch = tl.arange(0, BK)
@@ -152,12 +116,15 @@ def losses_of_bag(
     x = tl.arange(0, BX)
     own = (x >= 1) & (x < 1 + C)
     of_bag = (x >= 1 + C) & (x < 1 + 2 * C)
-    sums, maximum, column_total, column_square = sum_slots(maxima_ptr, sums_ptr, count, K, C, X, BK, BX, BS, BW)
-    total = tl.sum(tl.where((x == 0)[None, :], sums, 0.0), axis=1)
-    total = tl.where(branch_fits, total, 1.0)
+    sums_fit = branch_fits[:, None] & (x < X)[None, :]
+    sums = tl.load(sums_ptr + branch[:, None] * X + x[None, :], mask=sums_fit, other=0.0)
+    j = x - 1 - 2 * C
+    is_pair = (j >= 0) & (j < K)
+    column_total = tl.load(sums_ptr + j * X, mask=is_pair, other=1.0)
+    column_square = tl.load(sums_ptr + j * X + x, mask=is_pair, other=1.0)
+    total = tl.load(sums_ptr + branch * X, mask=branch_fits, other=1.0)
     inverse = 1.0 / total
-    tl.store(stats_ptr + branch * 2, maximum, mask=branch_fits)
-    tl.store(stats_ptr + branch * 2 + 1, inverse, mask=branch_fits)
+    tl.store(inverse_ptr + branch, inverse, mask=branch_fits)
     pooled = sums * inverse[:, None]  # W z in the places of projections
     of_branches = branch_fits[:, None] & of_bag[None, :]
     bag_logits = tl.sum(tl.where(of_branches, pooled, 0.0), axis=0) / K
@@ -205,16 +172,17 @@ def prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay):
 
 @triton.jit
 def losses_kernel(
-    scores_ptr, projections_ptr, maxima_ptr, sums_ptr, arrived_ptr, head_bias_ptr, d_logits_ptr, stats_ptr,
+    scores_ptr, projections_ptr, stats_ptr, sums_ptr, arrived_ptr, head_bias_ptr, d_logits_ptr,
     d_pairs_ptr, correction_ptr, cursor_ptr, losses_ptr, rates_ptr, powers_ptr, update_ptr, used_ptr,
     n_slots, score_stride, weight_decay,
-    K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BKS: tl.constexpr, BQ: tl.constexpr,
-    BX: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
+    MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the scores and projections of a slot of rows; the program that comes last does the rest of the middle.
 
-    The logits are sums over the rows, `W z = Σ_n P (H Wᵀ)`, so that the rows of H are not needed here.
-    `cursor` holds position, first row, 0, length, label and step number of the bag.
+    The logits are sums over the rows, `W z = Σ_n P (H Wᵀ)`, so that the rows of H are not needed here. The maxima of
+    the scores are given, (K,), and what their exponentials sum up to is written behind them, inverted. Behind the sums
+    of the slots there is room for the bag's. `cursor` holds position, first row, 0, length, label and step number.
     """
     wait_for_previous(CHAINED)
     X: tl.constexpr = 1 + 2 * C + K
@@ -223,17 +191,20 @@ def losses_kernel(
     size = slot_size(used, n_slots, BN)
     first = slot * size
     if first < used:
-        sum_slot(
-            scores_ptr, projections_ptr, maxima_ptr + slot * K, sums_ptr + slot * K * X, first,
-            tl.minimum(first + size, used), score_stride, K, C, X, BN, BK, BQ, PRECISION,
+        end = tl.minimum(first + size, used)
+        sum_rows(
+            scores_ptr, projections_ptr, stats_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
         )  # fmt: skip
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
             position = tl.load(cursor_ptr)
+            total_ptr = sums_ptr + MOST * K * X
+            sum_slots(sums_ptr, total_ptr, count, K * X, BS, BN)
+            tl.debug_barrier()  # they are read again in another order
             losses_of_bag(
-                maxima_ptr, sums_ptr, count, head_bias_ptr, tl.load(cursor_ptr + 4).to(tl.int32), d_logits_ptr,
-                stats_ptr, d_pairs_ptr, correction_ptr, losses_ptr + position * 4, K, C, X, BKS, BX, BS, BW,
+                total_ptr, head_bias_ptr, tl.load(cursor_ptr + 4).to(tl.int32), d_logits_ptr, stats_ptr + K,
+                d_pairs_ptr, correction_ptr, losses_ptr + position * 4, K, C, X, BK, BX,
             )  # fmt: skip
             prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay)
             tl.store(used_ptr, used)

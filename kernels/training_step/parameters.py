@@ -33,8 +33,8 @@ class Sizes(NamedTuple):
 
     @property
     def n_large(self) -> int:
-        """Numbers in the matrices over instances, W1, V and U."""
-        return self.hidden * (self.features + 2 * self.gate)
+        """Numbers in the matrices: W1, V, U and the heads' weights."""
+        return self.hidden * (self.features + 2 * self.gate + self.n_logits)
 
     @property
     def n_small(self) -> int:

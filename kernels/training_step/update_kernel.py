@@ -42,74 +42,43 @@ def next_bag(cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions):
 
 
 @triton.jit
-def head_gradient(
-    d_logits_ptr, pooled_ptr, number, fits, size, splits,
-    L: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Gradients of some numbers of the heads' weights, (BH,): of the logit, times z_k, or times the mean z for the bag."""
-    line = number // L
-    column = number % L
-    of_bag = line >= K * C
-    z = tl.zeros((BH,), tl.float32)
-    for k in tl.static_range(K):
-        wanted = fits & (of_bag | (line // C == k))
-        z += sum_large_partials(pooled_ptr + k * L, column, wanted, size, splits, BP)
-    z = tl.where(of_bag, z / K, z)
-    return z * tl.load(d_logits_ptr + line, mask=fits, other=0.0)
-
-
-@triton.jit
 def update_kernel(
     large_ptr, small_ptr, d_logits_ptr, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, used_ptr,
-    cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions, n_large, n_small, n_splits, n_row_programs,
-    row_block, row_groups, weight_1, weight_2, epsilon,
-    L: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr,
-    BB: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr, LEAST: tl.constexpr, WORK: tl.constexpr,
-    CHAINED: tl.constexpr,
+    cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions, n_large, n_small, n_logits, idle_first, n_idle,
+    n_splits, n_row_programs, row_block, weight_1, weight_2, epsilon,
+    BC: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr,
+    LEAST: tl.constexpr, WORK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Parameters in their flat order: matrices and heads from split sums, the small ones from programs' sums.
+    """Parameters in their flat order: matrices from split sums, the small ones from programs' sums, then head biases.
 
-    A single branch's own head has no part in the loss, and is left as it is. In the backward pass over rows
-    `row_groups` programs took `row_block` rows at once.
+    A single branch's own head has no part in the loss, and is left as it is: `n_idle` numbers from `idle_first` on,
+    and the first half of the biases.
     """
     wait_for_previous(CHAINED)
     pid = tl.program_id(0)
-    n_heads: tl.constexpr = (K + 1) * C * L
-    n_biases: tl.constexpr = (K + 1) * C
-    idle: tl.constexpr = C if K == 1 else 0
     n_small_programs = tl.cdiv(n_small, BS)
-    n_head_programs: tl.constexpr = (n_heads + BH - 1) // BH
     used = tl.load(used_ptr)
-    splits = active_splits(used, n_splits, LEAST)
-    size = n_large + K * L
     if pid < n_small_programs:  # the longest first
         small = pid * BS + tl.arange(0, BS)
-        with_rows = tl.minimum(n_row_programs, tl.cdiv(used, row_block) * row_groups)
+        with_rows = tl.minimum(n_row_programs, tl.cdiv(used, row_block))
         gradient = sum_small_partials(small_ptr, small, n_small, with_rows, BS, BLOCKS)
         adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_heads + small,
-            small < n_small, gradient, weight_1, weight_2, epsilon, WORK,
-        )  # fmt: skip
-    elif pid < n_small_programs + n_head_programs:
-        number = (pid - n_small_programs) * BH + tl.arange(0, BH)
-        fits = (number >= idle * L) & (number < n_heads)
-        gradient = head_gradient(d_logits_ptr, large_ptr + n_large, number, fits, size, splits, L, K, C, BH, BP)
-        adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + number, fits, gradient,
-            weight_1, weight_2, epsilon, WORK,
+            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + small, small < n_small,
+            gradient, weight_1, weight_2, epsilon, WORK,
         )  # fmt: skip
     elif pid < tl.num_programs(0) - 1:
-        large = (pid - n_small_programs - n_head_programs) * BC + tl.arange(0, BC)
-        total = sum_large_partials(large_ptr, large, large < n_large, size, splits, BP)
+        large = (pid - n_small_programs) * BC + tl.arange(0, BC)
+        fits = (large < n_large) & ((large < idle_first) | (large >= idle_first + n_idle))
+        total = sum_large_partials(large_ptr, large, n_large, active_splits(used, n_splits, LEAST), BP)
         adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, large, large < n_large, total,
+            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, large, fits, total,
             weight_1, weight_2, epsilon, WORK,
         )  # fmt: skip
     else:
         bias = tl.arange(0, BB)
-        fits = (bias >= idle) & (bias < n_biases)
+        bias_fits = (bias < n_logits) & ((n_idle == 0) | (bias >= n_logits // 2))
         adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_heads + n_small + bias,
-            fits, tl.load(d_logits_ptr + bias, mask=fits, other=0.0), weight_1, weight_2, epsilon, WORK,
+            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_small + bias, bias_fits,
+            tl.load(d_logits_ptr + bias, mask=bias_fits, other=0.0), weight_1, weight_2, epsilon, WORK,
         )  # fmt: skip
         next_bag(cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions)

@@ -94,7 +94,7 @@ def use_the_kernels_masks(monkeypatch, seed, device):
             scores.detach().contiguous(), keep, new_picks(n_lines, n_rows, 1, top_k, device),
             torch.zeros(n_lines, dtype=torch.int32, device=device), drop_table(top_k, ratio, device),
             torch.tensor([another_seed(seed)], device=device), torch.tensor(drawn, device=device), top_k,
-            torch.tensor([0, n_rows], device=device),
+            torch.tensor([0, n_rows], device=device), n_find=top_k,
         )  # fmt: skip
         drawn[0] += 1
         return keep

@@ -145,6 +145,23 @@ def test_fused_draw_depends_on_the_seed_and_the_row_alone(device):
     assert len({tuple(row) for row in first.tolist()}) > 15
 
 
+@pytest.mark.parametrize(("top_k", "ratio"), [(10, 0.6), (10, 1.0), (0, 0.0), (3, 0.0)])
+@pytest.mark.parametrize("n_rows", [1, 7, 1500])
+def test_fused_maxima_are_of_what_is_left(device, top_k, ratio, n_rows):
+    from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, n_to_find, new_picks
+
+    scores = (1e3 * torch.randn(3, n_rows, generator=generator(6))).round().to(device)
+    scores[2] = -5.0
+    maxima, n_find = torch.empty(3, device=device), n_to_find(top_k, ratio)
+    launch_mask(
+        scores, None, new_picks(3, n_rows, 1, n_find, device), torch.zeros(3, dtype=torch.int32, device=device),
+        drop_table(top_k, ratio, device), torch.tensor([4], device=device), torch.tensor([0], device=device), top_k,
+        torch.tensor([0, n_rows], device=device), n_find=n_find, maxima=maxima,
+    )  # fmt: skip
+    assert torch.isinf(scores).sum(dim=1).tolist() == [n_masked(n_rows, top_k, ratio)] * 3
+    assert torch.equal(maxima, scores.max(dim=1).values)
+
+
 @pytest.mark.gpu
 def test_fused_on_a_long_bag():
     scores = torch.randn(5, 200_001, device="cuda")

@@ -7,8 +7,8 @@ from acmil.kernels.training_step import GatedParameters, loss_terms
 from acmil.kernels.training_step.parameters import Sizes, sizes_of, views_of
 
 SCRATCH = (
-    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "maxima", "sums", "stats", "d_logits", "d_pairs",
-    "correction", "shares", "small", "large", "losses",
+    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "sums", "stats", "d_logits", "d_pairs",
+    "correction", "small", "large", "losses",
 )  # fmt: skip
 RATE, DECAY = 1e-3, 1e-2
 
