@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from acmil.kernels.cpu_scores import pad_rows
+from acmil.kernels import pad_rows
 from acmil.precision import Precision, as_computed
 from acmil.selection import SELECTION_METRICS, EpochRecord, Selection
 

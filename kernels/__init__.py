@@ -8,7 +8,7 @@ Bags travel packed: the instances of all bags one after another, and `offsets` s
 from acmil.kernels.branch_pool import PooledAttention, masked_attention_pool
 from acmil.kernels.checks import bag_lengths
 from acmil.kernels.gated_attention_pool import gated_attention_pool
-from acmil.kernels.gated_scores import gated_attention_scores
+from acmil.kernels.gated_scores import gated_attention_scores, pad_rows
 from acmil.kernels.top_k_masking import n_masked, stochastic_top_k_mask
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "gated_attention_scores",
     "masked_attention_pool",
     "n_masked",
+    "pad_rows",
     "stochastic_top_k_mask",
 ]

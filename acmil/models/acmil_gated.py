@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from acmil.kernels import cpu_scores, gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
+from acmil.kernels import gated_attention_scores, masked_attention_pool, stochastic_top_k_mask
 from acmil.losses import Losses, acmil_losses
 from acmil.models import defaults
 from acmil.models.layers import (
@@ -135,8 +135,8 @@ class ACMILGated(nn.Module):
     def _scores(self, features: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """H (ΣN, L) and scores (K, ΣN)."""
         features = prepare_features(features, self.reduction.weight)
-        layers = (self.gate_v, self.gate_u, self.score)
-        weights = (self.reduction.weight, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
-        if features.device.type == "cpu":
-            return cpu_scores.gated_attention_scores(features, rows_of_bags(features, offsets), *weights)
-        return gated_attention_scores(features, *(weight.to(features.dtype) for weight in weights))
+        v, u, score = self.gate_v, self.gate_u, self.score
+        return gated_attention_scores(
+            features, self.reduction.weight, v.weight, v.bias, u.weight, u.bias, score.weight, score.bias,
+            n_rows=rows_of_bags(features, offsets),
+        )  # fmt: skip

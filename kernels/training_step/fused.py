@@ -36,8 +36,7 @@ LOSS_TERMS = ("total", "bag", "branch", "diversity")
 _UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 256
 _MOST_SLOTS = 160  # whose sums make up those of a bag
 _LARGEST_TILE = 128  # rows
-# By the most rows of a bag: numbers that a program of the losses adds up side by side, and its warps.
-_SUMS = ((4096, (2048, 4)), (16384, (4096, 8)), (float("inf"), (8192, 8)))
+_SHORT_BAG = 4096  # rows
 
 
 class TrainingStep:
@@ -240,8 +239,8 @@ class TrainingStep:
 
     def _launch_losses(self, n_rows: int) -> None:
         s, sums = self.sizes, power_of_2_at_least(self.sums[0].numel())
-        at_once, warps = next(shape for most, shape in _SUMS if n_rows <= most)
-        block = max(1, at_once // sums)
+        warps = 4 if n_rows <= _SHORT_BAG else 8
+        block = max(1, 512 * warps // sums)  # 16 numbers a thread
         n_slots = min(_MOST_SLOTS, ceil_div(n_rows, block))
         losses_kernel[(n_slots,)](
             self.scores, self.projections, self.stats, self.sums, self.arrived, self.head_bias, self.d_logits,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from acmil.kernels import cpu_scores
+from acmil.kernels import gated_attention_scores, pad_rows
 from acmil.kernels.gated_scores import reference
 
 N, PADDING, D, L, A, K = 37, 11, 12, 8, 6, 3
@@ -20,7 +20,7 @@ def make_inputs(dtype):
 
 def test_gradients():
     inputs = make_inputs(torch.float64)
-    assert torch.autograd.gradcheck(lambda x, *weights: cpu_scores.gated_attention_scores(x, N, *weights), inputs)
+    assert torch.autograd.gradcheck(lambda x, *weights: gated_attention_scores(x, *weights, n_rows=N), inputs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -28,7 +28,7 @@ def test_equals_the_reference(relative_error, dtype):
     inputs = make_inputs(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     found, expected = (
-        cpu_scores.gated_attention_scores(inputs[0], N, *inputs[1:]),
+        gated_attention_scores(*inputs, n_rows=N),
         reference.gated_attention_scores(exact[0][:N], *exact[1:]),
     )
     for outputs in (found, expected):
@@ -41,7 +41,7 @@ def test_equals_the_reference(relative_error, dtype):
 
 
 def test_rows_are_padded_where_sizes_are_compiled_for():
-    padded = cpu_scores.pad_rows(torch.ones(300, 2, dtype=torch.bfloat16))
+    padded = pad_rows(torch.ones(300, 2, dtype=torch.bfloat16))
     assert padded.shape == (512, 2)
     assert padded.sum() == 600
-    assert len(cpu_scores.pad_rows(torch.ones(300, 2))) == 300
+    assert len(pad_rows(torch.ones(300, 2))) == 300

@@ -1,0 +1,101 @@
+"""Compiles every launch for an H100, without one: run by `test_compilation.py` in a process of its own.
+
+The interpreter forgives what the compiler refuses: a variable that changes its shape in a loop, shared memory that a
+GPU does not have. Prints a line of JSON a kernel.
+"""
+
+import json
+import sys
+
+import torch
+
+
+class NoGPU:
+    """What Triton asks of a driver before it launches anything."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+def compile_only(compiled):
+    """Have launches compile their kernel, which is noted, and do nothing else."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    plain = JITFunction.run
+
+    def run(function, *args, grid, warmup, **options):
+        kernel = plain(function, *args, grid=grid, warmup=True, **options)
+        compiled.setdefault(kernel.hash, {"kernel": function.__name__, "shared_bytes": kernel.metadata.shared})
+        return kernel
+
+    JITFunction.run = run
+    driver.set_active(NoGPU())
+
+
+def pretend(name, value):
+    """Replace a function wherever it was imported to."""
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("acmil.kernels") and hasattr(module, name):
+            setattr(module, name, value)
+
+
+def compile_step(n_rows, sizes, dtype):
+    from acmil.kernels.training_step import GatedParameters
+    from acmil.kernels.training_step.fused import TrainingStep
+
+    parameters = GatedParameters(*(torch.zeros(shape) for shape in sizes.shapes()))
+    step = TrainingStep(
+        parameters, features=torch.zeros((n_rows, sizes.features), dtype=dtype), longest=n_rows, top_k=10, ratio=0.6,
+        bag_offsets=torch.tensor([0, n_rows]), labels=torch.tensor([0]), weight_decay=0.0, seed=0,
+    )  # fmt: skip
+    step.launch()
+
+
+def compile_operators(dtype):
+    from acmil.kernels.branch_pool.fused import masked_attention_pool
+    from acmil.kernels.gated_scores.fused import gated_attention_scores
+    from acmil.kernels.top_k_masking.fused import stochastic_top_k_mask
+
+    n, d, l, a, k = 2000, 384, 128, 128, 5  # noqa: E741
+    shapes = [(n, d), (l, d), (a, l), (a,), (a, l), (a,), (k, a), (k,)]
+    x, *weights = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    offsets = torch.tensor([0, 1500, n])
+    hidden, scores = gated_attention_scores(x, *weights)
+    keep = stochastic_top_k_mask(scores, top_k=10, ratio=0.6, generator=None, offsets=offsets)
+    pooled, attention, gram = masked_attention_pool(hidden, scores, offsets, keep)
+    (pooled.sum() + attention.sum() + gram.sum()).backward()
+
+
+def main():
+    compiled = {}
+    compile_only(compiled)
+    import acmil.kernels.branch_pool.fused
+    import acmil.kernels.gated_scores.fused
+    import acmil.kernels.top_k_masking.fused
+    import acmil.kernels.training_step.fused  # noqa: F401
+    from acmil.kernels.training_step.parameters import Sizes
+
+    pretend("n_processors", lambda device: 132)
+    pretend("chained", lambda device: {"CHAINED": True, "launch_pdl": True})
+    pretend("may_approximate", lambda dtype, device: dtype != torch.float32)
+    for n_rows in (1_000, 10_000, 17_000):
+        compile_step(n_rows, Sizes(1024, 512, 128, 5, 2), torch.bfloat16)
+    compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.float32)
+    compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        compile_operators(dtype)
+    for row in compiled.values():
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
