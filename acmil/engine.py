@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE
+from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, runs_fused_kernels
 from acmil.precision import Precision
 from acmil.training import EpochRecord, FitResult, Score, fit
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Engine = Literal["eager", "resident"]
 
 ENGINES = ("auto", "eager", "resident")
-_LEAST_CAPABILITY = (8, 0)  # bf16 in the tensor cores, and asynchronous copies
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,9 @@ def _why_not_resident(device: torch.device, model: str, options: Mapping[str, An
         return "there is no GPU" if not torch.cuda.is_available() else f"training is on the {device.type.upper()}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, fused kernels need 8.0"
+    if not runs_fused_kernels(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU's compute capability is {major}.{minor}, fused kernels need 9 or 10 (227 KB of shared memory)"
     if model != "acmil_ga":
         return f"fused steps are there for acmil_ga, not for {model}"
     if batch_size != 1:

@@ -1,20 +1,33 @@
 """What every launch of a fused kernel needs to know: the path, the precision, the size of its blocks."""
 
+import importlib.util
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+FUSED_CAPABILITIES = (9, 10)  # Hopper and Blackwell in data centres; the kernels were run on an H100
+SHARED_BYTES = 232_448  # that a program may have there; elsewhere at most 166,912
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BRANCHES = 16
 MAX_GATE = 256
 BRANCH_BLOCK = 16  # branches are padded to the least size of a tensor-core operand
 
 
+@lru_cache
+def runs_fused_kernels(device: torch.device) -> bool:
+    """Whether a device is one that the kernels' blocks fit into, and Triton is there."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] in FUSED_CAPABILITIES
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
 def takes_fused_path(tensor: Tensor, *, multiples_of_16: tuple[int, ...] = (), n_branches: int = 1) -> bool:
     """Say whether a call runs the fused kernels: a question of device, dtype and sizes alone, never of what failed."""
     return (
-        tensor.is_cuda
+        runs_fused_kernels(tensor.device)
         and tensor.dtype in FUSED_DTYPES
         and all(size % 16 == 0 for size in multiples_of_16)
         and n_branches <= MAX_BRANCHES

@@ -24,9 +24,9 @@ def gated_attention_scores(
     """Reduce the instances and score each for every branch.
 
     `H = relu(X W1ᵀ)`, `G = tanh(H Vᵀ + bV) ⊙ sigmoid(H Uᵀ + bU)`, `S = w Gᵀ + b`. An instance's row needs no other
-    instance, so bags play no part here. On a GPU the fused kernels run where D, L and A are multiples of 16, A <= 256,
-    K <= 16 and the type is float32, bfloat16 or float16; a CPU has products and gradients of its own; everything else
-    takes the reference.
+    instance, so bags play no part here. On a GPU of compute capability 9 or 10 the fused kernels run where D, L and A
+    are multiples of 16, A <= 256, K <= 16 and the type is float32, bfloat16 or float16; a CPU has products and
+    gradients of its own; everything else takes the reference.
 
     Args:
         features: Instance features `X`, (ΣN, D), floating point. Weights of another type are rounded to theirs.

@@ -14,6 +14,7 @@ from acmil.kernels.gated_scores.backward_kernels import (
 from acmil.kernels.gated_scores.forward_kernels import gate_kernel, reduce_kernel
 from acmil.kernels.launch import (
     BRANCH_BLOCK,
+    SHARED_BYTES,
     ceil_div,
     chained,
     dot_precision,
@@ -22,6 +23,7 @@ from acmil.kernels.launch import (
     power_of_2_at_least,
 )
 
+_GATE_REST_BYTES = 10_240  # of shared memory, beside what the gate has under way
 LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partial sum
 
 
@@ -188,6 +190,8 @@ def launch_gate(
     n_branches, n_gate = weights.score.shape
     block, n_lines = [tile.columns, tile.depth], 1 if heads is None else heads.shape[0]
     lines = power_of_2_at_least(n_lines)
+    stage_bytes = (tile.rows + 2 * tile.columns + lines) * tile.depth * hidden.element_size()
+    tile = tile._replace(stages=min(tile.stages, (SHARED_BYTES - _GATE_REST_BYTES) // stage_bytes))
     gate_kernel[_grid(ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,

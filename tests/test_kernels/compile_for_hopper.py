@@ -91,6 +91,8 @@ def main():
         compile_step(n_rows, Sizes(1024, 512, 128, 5, 2), torch.bfloat16)
     compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.float32)
     compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
+    for n_rows in (1_000, 17_000):
+        compile_step(n_rows, Sizes(512, 256, 256, 16, 4), torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         compile_operators(dtype)
     for row in compiled.values():
