@@ -93,9 +93,21 @@ def test_several_steps(device, relative_error):
     check_steps(step, LENGTHS, [3, 0, 1, 2], relative_error, 2e-5, DROPPED)
 
 
+def test_most_branches_and_several_classes(device, relative_error):
+    step = make_step(Sizes(16, 32, 16, 16, 4), [60, 3], device)
+    check_steps(step, [60, 3], [0, 1], relative_error, 2e-5, [6, 1])
+
+
 def test_one_branch_without_masking(device, relative_error):
     step = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0)
     check_steps(step, [70, 5], [1, 0], relative_error, 2e-5, [0, 0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 30.0])
+def test_equal_and_large_scores(device, relative_error, scale):
+    step = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
+    step.parameters.score_weight.mul_(scale)  # all the same, or far apart: one tile has it all
+    check_steps(step, LENGTHS, [3, 0, 1], relative_error, 1e-4, DROPPED)
 
 
 def test_half_types(device, relative_error):
