@@ -133,7 +133,8 @@ class _Demo:
         return summary
 
     def train(self, folder: str, preset: str) -> None:
-        options = self.inputs() | {"epochs": self.config.epochs, "seed": self.config.seed}
+        # float32 everywhere: on so few slides a machine's bf16 may choose another epoch.
+        options = self.inputs() | {"epochs": self.config.epochs, "seed": self.config.seed, "precision": "fp32"}
         config = load_config(TrainConfig, f"train/{preset}.yaml", **options, out=self.out / folder)
         train(config, progress=self.progress)
 
