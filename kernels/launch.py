@@ -14,14 +14,20 @@ MAX_GATE = 256
 BRANCH_BLOCK = 16  # branches are padded to the least size of a tensor-core operand
 
 
-@lru_cache
 def runs_fused_kernels(device: torch.device) -> bool:
     """Whether a device is one that the kernels' blocks fit into, and Triton is there."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] in FUSED_CAPABILITIES
-        and importlib.util.find_spec("triton") is not None
-    )
+    return device.type == "cuda" and _is_fit(device.index)
+
+
+@torch.compiler.assume_constant_result  # a compiler asks it, and does not look into it
+def _is_fit(index: int | None) -> bool:
+    return _look_at(index)
+
+
+@lru_cache
+def _look_at(index: int | None) -> bool:
+    has_triton = importlib.util.find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(index)[0] in FUSED_CAPABILITIES
 
 
 def takes_fused_path(tensor: Tensor, *, multiples_of_16: tuple[int, ...] = (), n_branches: int = 1) -> bool:

@@ -79,3 +79,18 @@ def test_masking_compiles_without_a_graph_break(device, fused_path):
         )
         keep = mask(scores)
     assert (~keep).sum(dim=1).tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), True), ((8, 0), False)])
+def test_the_path_is_chosen_by_the_gpu_and_compiled_without_breaks(monkeypatch, capability, expected):
+    from acmil.kernels import launch
+
+    torch.compiler.reset()
+    launch._look_at.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+    def choose(x):
+        return x + launch.runs_fused_kernels(torch.device("cuda", 0))
+
+    assert torch.compile(choose, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item() == expected
+    launch._look_at.cache_clear()
