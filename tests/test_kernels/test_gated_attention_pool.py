@@ -1,5 +1,7 @@
 """The composition of scores and pool, against its formulas in NumPy, and compiled."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -92,5 +94,6 @@ def test_the_path_is_chosen_by_the_gpu_and_compiled_without_breaks(monkeypatch, 
     def choose(x):
         return x + launch.runs_fused_kernels(torch.device("cuda", 0))
 
+    expected = expected and importlib.util.find_spec("triton") is not None
     assert torch.compile(choose, fullgraph=True, backend="aot_eager")(torch.zeros(1)).item() == expected
     launch._look_at.cache_clear()
