@@ -33,8 +33,13 @@ def gated_attention_scores(features: Tensor, n_rows: int, *weights: Tensor) -> t
     return _GatedScores.apply(features, n_rows, *weights)
 
 
+@torch.compiler.assume_constant_result  # a compiler does not look into it
+def _has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if x.dtype == torch.bfloat16 and _has_bf16():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
     return getattr(torch, f"{activation}_")(F.linear(x, weight, bias))
 

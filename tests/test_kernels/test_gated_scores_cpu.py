@@ -45,3 +45,17 @@ def test_rows_are_padded_where_sizes_are_compiled_for():
     assert padded.shape == (512, 2)
     assert padded.sum() == 600
     assert len(pad_rows(torch.ones(300, 2))) == 300
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break(relative_error, dtype):
+    def loss(*inputs):
+        hidden, scores = gated_attention_scores(*inputs, n_rows=N)
+        return hidden.float().sum() + scores.square().sum()
+
+    plain, compiled = make_inputs(dtype), make_inputs(dtype)
+    loss(*plain).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    errors = [relative_error(one.grad, two.grad) for one, two in zip(compiled, plain, strict=True)]
+    assert max(errors) < TOLERANCE[dtype], errors
