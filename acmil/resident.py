@@ -1,7 +1,8 @@
 """Training that stays on the GPU: features are packed once, every step is one captured graph, many runs share them.
 
-Same recipe as `acmil.training.fit`, order of bags included. Nothing within an epoch waits for the host: the next epoch
-is queued before the figures of the last are read. The masks come from the kernels' own generator, and validation
+Same recipe as `acmil.training.fit`, order of bags included. Runs of one kind of model form groups, whose steps are
+taken together: one graph is a step of each. Nothing within an epoch waits for the host: the next epoch is queued before
+the figures of the last are read. The masks come from the kernels' own generator, and validation
 computes in the precision of training.
 """
 
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from acmil.kernels.gated_scores.launches import Rows, choose_tiles, launch_gate,
 from acmil.kernels.top_k_masking.fused import top_k_mask_op
 from acmil.kernels.training_step import GatedParameters
 from acmil.kernels.training_step.fused import TrainingStep
-from acmil.kernels.training_step.parameters import views_of
+from acmil.kernels.training_step.parameters import sizes_of, views_of
 from acmil.precision import Precision
 from acmil.selection import EpochRecord, Selection
 from acmil.training import (
@@ -50,8 +51,8 @@ _NAMES = (  # in a state dict, in the order of `GatedParameters`
     "gate_u.bias", "score.weight", "score.bias", "branch_head.bias", "bag_head.bias",
 )  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
-_RING = 3  # bags of a lane that may be on their way, or in use, when features are streamed
-_LANES = 12  # streams that several runs are spread over
+_RING = 3  # bags of a run that may be on their way, or in use, when features are streamed
+_GROUP = 13  # runs whose steps are taken together; 25 are two groups
 _READERS = 8  # threads that read feature files
 _GROWTH = 1.25  # a graph serves bags that differ by at most this factor
 _LEAST_ROWS = 128
@@ -65,7 +66,7 @@ def fit_resident(
     score: Score,
     precision: Precision,
     feature_bytes: int | None = None,
-    lanes: int = _LANES,
+    group: int = _GROUP,
     on_result: Callable[[int, FitResult | Exception], None] | None = None,
 ) -> list[FitResult | Exception]:
     """Train runs together, their features on the GPU once; a run that fails leaves its exception.
@@ -80,7 +81,7 @@ def fit_resident(
         precision: Of the products over instances, in training and validation; features are held in its type.
         feature_bytes: Room for features on the GPU; None: what is free, but for what the steps need. Bags beyond it
             stay in page-locked memory and are copied while the steps before theirs run.
-        lanes: Streams that several runs are spread over.
+        group: Most runs whose steps are taken together, up to 32. Each group has a stream of its own.
         on_result: Called with the place of a run and its result, when it has ended.
 
     Raises:
@@ -101,39 +102,57 @@ def fit_resident(
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
     if named:
-        turns = math.ceil(len(named) / lanes)  # runs of a lane; lanes are given about as many
-        n_lanes = math.ceil(len(named) / turns) if device.type == "cuda" else 1
         scratch = sum(_scratch_bytes(jobs[number], sets, dtype) for number, sets in named.items())
         slides = [slide for sets in named.values() for slide in (*sets.val, *sets.train)]
-        store = _Store(slides, dtype, device, feature_bytes, scratch, n_lanes)
+        store = _Store(slides, dtype, device, feature_bytes, scratch, len(named))
         try:
-            all_lanes = [_Lane(store, number) for number in range(n_lanes)]
             runs: dict[int, _Run] = {}
             for number, sets in named.items():
                 try:
-                    runs[number] = _Run(jobs[number], sets, store, all_lanes[len(runs) % n_lanes], score, precision)
+                    runs[number] = _Run(jobs[number], sets, store, score, precision)
                 except Exception as error:  # noqa: BLE001  of this run alone
                     finish(number, error)
-            _train(runs, finish)
+            slots = store.ring_start
+            groups = []
+            for members in _grouped(list(runs.values()), group):
+                groups.append(_Group(members, store, _Lane(store, slots, _RING * len(members))))
+                slots += _RING * len(members) * store.slot_rows
+            _train(runs, groups, finish)
         finally:
             store.close()
     return [result for result in results if result is not None]
 
 
-def _train(runs: "dict[int, _Run]", finish: Callable[[int, FitResult | Exception], None]) -> None:
+def _grouped(runs: "list[_Run]", most: int) -> "list[list[_Run]]":
+    """Runs whose steps can be taken together: as few groups as may be, of about one size."""
+    kinds: dict[tuple[Any, ...], list[_Run]] = {}
+    for run in runs:
+        kinds.setdefault(run.kind, []).append(run)
+    groups = []
+    for members in kinds.values():
+        n_groups = math.ceil(len(members) / most)
+        groups += [members[number::n_groups] for number in range(n_groups)]
+    return groups
+
+
+def _train(
+    runs: "dict[int, _Run]", groups: "list[_Group]", finish: Callable[[int, FitResult | Exception], None]
+) -> None:
     """Go through the epochs of all runs: each is queued for the GPU before the one before it is looked at."""
     going = dict(runs)
     while going:
-        for act in (_Run.enqueue, _Run.collect):
-            for number, run in list(going.items()):
-                try:
-                    act(run)
-                    result: FitResult | Exception | None = run.result() if run.done else None
-                except Exception as error:  # noqa: BLE001  of this run alone
-                    result = error
-                if result is not None:
-                    del going[number]
-                    finish(number, result)
+        for group in groups:
+            group.enqueue()
+        for number, run in list(going.items()):
+            try:
+                run.collect()
+                result: FitResult | Exception | None = run.result() if run.done else None
+            except Exception as error:  # noqa: BLE001  of this run alone
+                result = error
+            if result is not None:
+                run.stopped = True
+                del going[number]
+                finish(number, result)
 
 
 class _Slide(NamedTuple):
@@ -186,7 +205,7 @@ class _Store:
     """Features of all bags in the type to compute in: rows on the device, a ring behind them, and what is streamed."""
 
     def __init__(
-        self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int | None, scratch: int, lanes: int
+        self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int | None, scratch: int, runs: int
     ) -> None:
         self.device = device
         distinct = {slide.name: slide for slide in reversed(slides)}
@@ -202,13 +221,13 @@ class _Store:
         on_device = sum(slide.n_rows for slide in distinct.values())
         if on_device * row_bytes > room:
             self.slot_rows = max(slide.n_rows for slide in distinct.values())
-            on_device = max(0, room // row_bytes - lanes * _RING * self.slot_rows)
+            on_device = max(0, room // row_bytes - runs * _RING * self.slot_rows)
         starts, row = {}, 0
         for slide in distinct.values():
             if row + slide.n_rows <= on_device:
                 starts[slide.name], row = row, row + slide.n_rows
         self.ring_start = row
-        self.features = torch.empty((row + lanes * _RING * self.slot_rows, n_features), dtype=dtype, device=device)
+        self.features = torch.empty((row + runs * _RING * self.slot_rows, n_features), dtype=dtype, device=device)
         self.features[row:].zero_()  # rows behind a short bag are read, though never used
         self._locked: list[Tensor] = []
         self.places: dict[str, _Place] = {}
@@ -255,17 +274,17 @@ class _Store:
 
 
 class _Lane:
-    """A stream on which runs take turns, with its own slots of the ring."""
+    """A stream on which the steps of a group are queued, with its own slots of the ring."""
 
-    def __init__(self, store: _Store, number: int) -> None:
+    def __init__(self, store: _Store, first_row: int, slots: int) -> None:
         self.store = store
         self.on_gpu = store.device.type == "cuda"
-        self._ring = store.ring_start + number * _RING * store.slot_rows
+        self._first_row, self._slots = first_row, slots
         self._slot = 0
         self.hidden = torch.empty(0, device=store.device)
         if self.on_gpu:
             self.stream, self._copies = torch.cuda.Stream(store.device), torch.cuda.Stream(store.device)
-            self._free: list[torch.cuda.Event | None] = [None] * _RING
+            self._free: list[torch.cuda.Event | None] = [None] * slots
             self.pool = torch.cuda.graph_pool_handle()
 
     def current(self) -> Any:
@@ -277,8 +296,8 @@ class _Lane:
         starts, slot = [], self._slot
         for place in places:
             if place.start is None:
-                starts.append(self._ring + slot * self.store.slot_rows)
-                slot = (slot + 1) % _RING
+                starts.append(self._first_row + slot * self.store.slot_rows)
+                slot = (slot + 1) % self._slots
             else:
                 starts.append(place.start)
         return starts
@@ -290,8 +309,8 @@ class _Lane:
             yield place.start
             return
         assert place.host is not None
-        slot, self._slot = self._slot, (self._slot + 1) % _RING
-        start = self._ring + slot * self.store.slot_rows
+        slot, self._slot = self._slot, (self._slot + 1) % self._slots
+        start = self._first_row + slot * self.store.slot_rows
         target = self.store.features[start : start + place.n_rows]
         if not self.on_gpu:
             target.copy_(place.host)
@@ -306,7 +325,7 @@ class _Lane:
         self._free[slot] = self.stream.record_event()
 
     def room_for(self, n_rows: int, n_hidden: int) -> Tensor:
-        """(n_rows, L) for H of validation, shared by the runs of this lane."""
+        """(n_rows, L) for H of validation, shared by the runs of a group."""
         if self.hidden.numel() < n_rows * n_hidden:
             self.hidden = torch.empty(n_rows * n_hidden, dtype=self.store.features.dtype, device=self.store.device)
         return self.hidden[: n_rows * n_hidden].view(n_rows, n_hidden)
@@ -327,25 +346,26 @@ class _Snapshot(NamedTuple):
     ready: "torch.cuda.Event | None"
 
 
-class _Run:
-    """One run: its step, its graphs, and its history."""
+class _Epoch(NamedTuple):
+    """What a run goes through in an epoch."""
 
-    def __init__(
-        self,
-        job: "TrainingJob",
-        sets: _Sets,
-        store: _Store,
-        lane: _Lane,
-        score: Score,
-        precision: Precision,
-    ) -> None:
-        self.job, self.store, self.lane, self.score = job, store, lane, score
+    number: int
+    order: list[int]
+    bags: list[_Place]
+    rates: list[float]
+
+
+class _Run:
+    """One run: its bags, its history, and its place in the steps of a group."""
+
+    def __init__(self, job: "TrainingJob", sets: _Sets, store: _Store, score: Score, precision: Precision) -> None:
+        self.job, self.score = job, score
         self.train, self.train_labels = store.places_of(sets.train), [slide.label for slide in sets.train]
-        self.val_names = [slide.name for slide in sets.val]
+        self.val, self.val_names = store.places_of(sets.val), [slide.name for slide in sets.val]
         self.val_labels = torch.tensor([slide.label for slide in sets.val])
         self.settings = run_settings(job, device=store.device, precision=precision, engine="resident")
         self.order_generator = torch.Generator().manual_seed(job.seed)
-        self.selection, self.queued = Selection(), 0
+        self.selection, self.queued, self.stopped = Selection(), 0, False
         self.pending: deque[_Snapshot] = deque()
         if job.state is not None:
             check_same_run(job.state.get("run", {}), self.settings)
@@ -353,57 +373,46 @@ class _Run:
             self.order_generator.set_state(job.state["order_generator"])
             self.selection = Selection.from_state(job.state)
             self.queued = len(self.selection.history)
-        device, n_steps = store.device, len(self.train)
-        job.model.to(device)
+        job.model.to(store.device)
         weights = job.model.state_dict()
-        self.step = TrainingStep(
-            GatedParameters(*(weights[name] for name in _NAMES)),
-            features=store.features,
-            bag_offsets=torch.zeros(2 * n_steps, dtype=torch.int64, device=device),  # of each position: start, end
-            labels=torch.zeros(2 * n_steps, dtype=torch.int64, device=device),
-            longest=max(place.n_rows for place in self.train),
-            top_k=job.model.options["mask_top_k"],
-            ratio=job.model.options["mask_ratio"],
-            weight_decay=job.weight_decay,
-            seed=another_seed(job.seed),
-            positions=n_steps,
-        )
-        if job.state is not None:
-            for name, tensor in self._optimizer_state().items():
-                tensor.copy_(job.state["optimizer"][name])
-        self.positions = torch.arange(0, 2 * n_steps, 2, device=device)
-        self.sizes = bucket_sizes([place.n_rows for place in self.train])
-        self.validation = _Validation(self.step, store.places_of(sets.val), lane)
+        self.parameters = GatedParameters(*(weights[name] for name in _NAMES))
         self.finished = store.ready_since
-        self._capture()
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What runs must have in common for their steps to be taken together."""
+        options = self.job.model.options
+        return (*sizes_of(self.parameters), options["mask_top_k"], options["mask_ratio"], self.job.weight_decay)
+
+    def join(self, step: TrainingStep, place: int, lane: _Lane) -> None:
+        """Take a place in the steps of a group."""
+        self.step, self.place, self.lane = step, place, lane
+        self.validation = _Validation(step, place, self.val, lane)
+        if self.job.state is not None:
+            for name, tensor in self._optimizer_state().items():
+                tensor.copy_(self.job.state["optimizer"][name])
 
     @property
     def done(self) -> bool:
         """Whether every epoch has been looked at."""
         return len(self.selection.history) >= self.job.epochs
 
-    def enqueue(self) -> None:
-        """Queue the next epoch's training and validation, if there is one."""
-        if self.queued >= self.job.epochs:
-            return
-        epoch = self.queued
+    @property
+    def has_next(self) -> bool:
+        """Whether there is an epoch to queue."""
+        return not self.stopped and self.queued < self.job.epochs
+
+    def next_epoch(self) -> _Epoch:
+        """Draw the order of the next epoch."""
+        number, self.queued = self.queued, self.queued + 1
         order = torch.randperm(len(self.train), generator=self.order_generator).tolist()
-        rates = [self._rate(epoch + step / len(order)) for step in range(len(order))]
-        bags = [self.train[index] for index in order]
-        starts = self.lane.starts_of(bags)
-        ends = [start + place.n_rows for start, place in zip(starts, bags, strict=True)]
-        with self.lane.current(), torch.no_grad():
-            step = self.step
-            step.bag_offsets.copy_(self._sent([row for pair in zip(starts, ends, strict=True) for row in pair]))
-            step.labels.copy_(self._sent([label for index in order for label in 2 * [self.train_labels[index]]]))
-            step.schedule(self.positions, self._sent(rates, torch.float64))
-            for index, place in zip(order, bags, strict=True):
-                with self.lane.at(place):
-                    self.replay[self.sizes[index]]()
-            self.validation.forward()
-            snapshot = self._snapshot(epoch, order, rates[-1])
-        self.queued += 1
-        self.pending.append(snapshot)
+        rates = [self._rate(number + step / len(order)) for step in range(len(order))]
+        return _Epoch(number, order, [self.train[index] for index in order], rates)
+
+    def end_epoch(self, epoch: _Epoch) -> None:
+        """Queue validation and copies of what the epoch leaves behind its last step."""
+        self.validation.forward()
+        self.pending.append(self._snapshot(epoch.number, epoch.order, epoch.rates[-1]))
 
     def collect(self) -> None:
         """Look at the epoch before the one queued last, or at the last when no more will come."""
@@ -448,7 +457,7 @@ class _Run:
 
     def result(self) -> FitResult:
         """What training leaves; the model gets the last weights."""
-        last = to_cpu(self._weights_of(self.step.master))
+        last = to_cpu(self._weights_of(self._master()))
         self.job.model.load_state_dict(last)
         self.job.model.eval()
         return FitResult(self.selection.best_weights, last, self.selection.best_epoch, self.selection.history)
@@ -463,44 +472,99 @@ class _Run:
             warmup_epochs=job.warmup_epochs,
         )
 
-    def _capture(self) -> None:
-        """A graph for each size of bag and one for validation; outside a GPU, the launches themselves."""
-        step, distinct = self.step, sorted(set(self.sizes))
-        with self.lane.current(), torch.no_grad():
-            step.schedule(self.positions, torch.zeros(len(self.train), dtype=torch.float64, device=self.store.device))
-            if self.lane.on_gpu:
-                graphs = step.capture(distinct)
-                self.replay = {size: graph.replay for size, graph in zip(distinct, graphs, strict=True)}
-                self.validation.capture()
-            else:
-                self.replay = {size: partial(step.launch, size) for size in distinct}
-
     def _snapshot(self, epoch: int, order: list[int], rate: float) -> _Snapshot:
         """Copies, queued behind the epoch; the host may read its own once `ready` has come."""
         losses, logits, spread = (
             _to_host(tensor)
-            for tensor in (self.step.losses[: len(order)], self.validation.logits, self.validation.spread)
+            for tensor in (self.step.losses[self.place, : len(order)], self.validation.logits, self.validation.spread)
         )
         optimizer = {} if self.job.checkpoint is None else self._optimizer_state()
         return _Snapshot(
-            epoch, order, self.order_generator.get_state(), rate, losses, logits, spread, self.step.master.clone(),
+            epoch, order, self.order_generator.get_state(), rate, losses, logits, spread, self._master().clone(),
             {name: tensor.clone() for name, tensor in optimizer.items()},
             self.lane.stream.record_event() if self.lane.on_gpu else None,
         )  # fmt: skip
 
+    def _master(self) -> Tensor:
+        return self.step.master[self.place, : self.step.sizes.n_all]
+
     def _optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizer and the masks go on from: moments, powers of the betas, the number of masks drawn."""
-        return {"moments": self.step.moments, "powers": self.step.powers, "masks_drawn": self.step.cursor[5:6]}
+        step, place = self.step, self.place
+        moments = step.moments[:, place, : step.sizes.n_all]
+        return {"moments": moments, "powers": step.powers[place], "masks_drawn": step.cursor[place, 5:6]}
 
     def _weights_of(self, master: Tensor) -> dict[str, Tensor]:
         """A state dict of views, in the model's order."""
         views = dict(zip(_NAMES, views_of(master, self.step.sizes), strict=True))
         return {name: views[name] for name in self.job.model.state_dict()}
 
-    def _sent(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+
+class _Group:
+    """Runs that take their steps together; a single one does so by graphs for the sizes of its bags."""
+
+    def __init__(self, runs: list[_Run], store: _Store, lane: _Lane) -> None:
+        self.runs, self.lane, job = runs, lane, runs[0].job
+        if lane.on_gpu:
+            lane.stream.wait_stream(torch.cuda.current_stream())  # which brought features and weights
+        lengths = [place.n_rows for run in runs for place in run.train]
+        with lane.current(), torch.no_grad():
+            self.step = TrainingStep(
+                [run.parameters for run in runs],
+                features=store.features,
+                longest=max(lengths),
+                positions=max(len(run.train) for run in runs),
+                top_k=job.model.options["mask_top_k"],
+                ratio=job.model.options["mask_ratio"],
+                weight_decay=job.weight_decay,
+                seeds=[another_seed(run.job.seed) for run in runs],
+            )
+            for place, run in enumerate(runs):
+                run.join(self.step, place, lane)
+            self.sizes = dict(zip(lengths, bucket_sizes(lengths), strict=True))
+            if len(runs) > 1:  # as large as the largest of their bags, at nearly every step
+                self.sizes = dict.fromkeys(lengths, max(lengths))
+            sizes = sorted(set(self.sizes.values()))
+            self.replay: dict[int, Callable[[], None]] = {size: partial(self.step.launch, size) for size in sizes}
+            if lane.on_gpu:
+                self.replay = {n: graph.replay for n, graph in zip(sizes, self.step.capture(sizes), strict=True)}
+                for run in runs:
+                    run.validation.capture()
+
+    def enqueue(self) -> None:
+        """Queue the next epoch's training and validation of the runs that have one."""
+        epochs = {place: run.next_epoch() for place, run in enumerate(self.runs) if run.has_next}
+        if not epochs:
+            return
+        n_steps = max(len(epoch.order) for epoch in epochs.values())
+        steps = [
+            {place: epoch.bags[number] for place, epoch in epochs.items() if number < len(epoch.bags)}
+            for number in range(n_steps)
+        ]
+        starts = iter(self.lane.starts_of([bag for step in steps for bag in step.values()]))
+        bags = np.zeros((len(self.runs), n_steps, 3), np.int64)
+        for number, step in enumerate(steps):
+            for place, bag in step.items():
+                label = self.runs[place].train_labels[epochs[place].order[number]]
+                bags[place, number] = next(starts), bag.n_rows, label
+        rates = np.zeros((len(self.runs), n_steps))
+        for place, epoch in epochs.items():
+            rates[place, : len(epoch.rates)] = epoch.rates
+        with self.lane.current(), torch.no_grad():
+            self.step.schedule(self._sent(bags), self._sent(rates))
+            for step in steps:
+                with ExitStack() as in_use:
+                    for bag in step.values():
+                        if bag.start is None:
+                            in_use.enter_context(self.lane.at(bag))
+                    self.replay[max(self.sizes[bag.n_rows] for bag in step.values())]()
+            for place, epoch in epochs.items():
+                self.runs[place].end_epoch(epoch)
+
+    def _sent(self, values: np.ndarray) -> Tensor:
         """Values on the device, without waiting for it."""
-        tensor = torch.tensor(values, dtype=dtype)
-        return tensor.pin_memory().to(self.store.device, non_blocking=True) if self.lane.on_gpu else tensor
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.lane.store.device, non_blocking=True) if self.lane.on_gpu else tensor
 
 
 class _Chunk(NamedTuple):
@@ -513,10 +577,11 @@ class _Chunk(NamedTuple):
 
 
 class _Validation:
-    """Logits and spread of the attention of all validation bags, by the weights of a step."""
+    """Logits and spread of the attention of all validation bags, by the weights of a model of a step."""
 
-    def __init__(self, step: TrainingStep, places: list[_Place], lane: _Lane) -> None:
-        self.step, self.lane, device = step, lane, lane.store.device
+    def __init__(self, step: TrainingStep, model: int, places: list[_Place], lane: _Lane) -> None:
+        self.sizes, self.lane, device = step.sizes, lane, lane.store.device
+        self.weights, self.parameters = step.weights_of(model), step.parameters_of(model)
         lengths = [place.n_rows for place in places]
         self._most = max(_VAL_ROWS, *lengths)
         self._chunks = [self._chunk(places[a:b], a, device) for a, b in _cut(lengths, self._most)]
@@ -551,7 +616,7 @@ class _Validation:
                 self._forward(chunk)
 
     def _forward(self, chunk: _Chunk) -> None:
-        weights, sizes, store = self.step.weights, self.step.sizes, self.lane.store
+        weights, sizes, store = self.weights, self.sizes, self.lane.store
         n_rows = chunk.rows[-1]
         hidden = self._hidden[:n_rows]
         for place, row in zip(chunk.places, chunk.rows, strict=False):
@@ -565,8 +630,8 @@ class _Validation:
         launch_gate(hidden, weights, scores, None, Rows(n_rows), tiles.gate)
         pooled, attention, _ = branch_pool_op(hidden, scores, chunk.offsets, None)
         of = slice(chunk.first, chunk.first + len(chunk.places))
-        parameters = self.step.parameters
-        self.logits[of] = F.linear(pooled.mean(dim=1), parameters.bag_head_weight, parameters.bag_head_bias)
+        bag_head = self.parameters.bag_head_weight, self.parameters.bag_head_bias
+        self.logits[of] = F.linear(pooled.mean(dim=1), *bag_head)
         mean = attention.mean(dim=0)  # (ΣN,)
         top = ~top_k_mask_op(mean[None], self._seed, N_TOP, 1.0, chunk.offsets)[0]  # all of the ten highest
         parts = torch.stack([torch.special.entr(mean), mean.where(top, 0.0)]).double()

@@ -111,11 +111,12 @@ def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) ->
     from acmil.kernels.training_step.fused import TrainingStep
 
     step = TrainingStep(
-        parameters_of(make_model(shape, device)), features=bags.features, bag_offsets=bags.offsets, labels=bags.labels,
-        longest=shape.n, top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY, seed=1, positions=positions,
+        [parameters_of(make_model(shape, device))], features=bags.features, longest=shape.n, positions=positions,
+        top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY, seeds=[1],
     )  # fmt: skip
     order = torch.arange(positions, device=device) % bags.labels.numel()
-    step.schedule(order, torch.full((positions,), RATE, dtype=torch.float64, device=device))
+    table = torch.stack([bags.offsets[:-1], bags.offsets.diff(), bags.labels], dim=1)
+    step.schedule(table[order][None], torch.full((1, positions), RATE, dtype=torch.float64, device=device))
     return step
 
 
@@ -123,7 +124,7 @@ def poison(step: Any) -> None:
     """Fill every buffer that a step should write with NaN."""
     buffers = (
         step.hidden, step.gate, step.d_gate, step.d_reduced, step.scores, step.projections, step.sums,
-        step.stats, step.d_logits, step.d_pairs, step.correction, step.small, step.large, step.losses,
+        step.maxima, step.inverses, step.d_logits, step.d_pairs, step.correction, step.small, step.large, step.losses,
     )  # fmt: skip
     for buffer in buffers:
         buffer.fill_(float("nan"))
@@ -138,7 +139,7 @@ def errors_of_step(shape: Shape, bags: Bags, device: torch.device) -> dict[str, 
 
     step = make_step(shape, bags, device, 1)
     poison(step)
-    initial = [p.clone() for p in step.parameters]
+    initial = [p.clone() for p in step.parameters_of(0)]
     step.launch()
     keep = ~torch.isinf(step.scores[:, : shape.n])
     dropped = (~keep).sum(dim=1).tolist()
@@ -148,8 +149,8 @@ def errors_of_step(shape: Shape, bags: Bags, device: torch.device) -> dict[str, 
     features, label = bags.features[: shape.n], bags.labels[0]
     expected = reference_gradients(initial, features, label, keep, torch.float64)
     # The first moment after one step is (1 − β1) g.
-    moments = views_of(step.moments[0], step.sizes)
-    fused = {"loss": step.losses[0, 0], **{n: m / 0.1 for n, m in moments._asdict().items() if n in expected}}
+    moments = views_of(step.moments[0, 0, : step.sizes.n_all], step.sizes)
+    fused = {"loss": step.losses[0, 0, 0], **{n: m / 0.1 for n, m in moments._asdict().items() if n in expected}}
     errors = _errors(fused, expected)
     if features.dtype == torch.float32:
         return {name: (error, 0.0) for name, error in errors.items()}

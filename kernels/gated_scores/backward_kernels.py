@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from acmil.kernels.models import block_ends, count_blocks, find_model
 from acmil.kernels.products import dot_of_pairs, sigmoid, tanh, wait_for_previous
 from acmil.kernels.slots import hold_within, used_rows
 
@@ -45,8 +46,9 @@ def pool_gradient(
 
 @triton.jit
 def gate_backward_kernel(
-    gate_ptr, w_ptr, d_scores_ptr, scores_ptr, stats_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr, correction_ptr,
-    d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, score_stride,
+    gate_ptr, w_ptr, d_scores_ptr, scores_ptr, maxima_ptr, inverses_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr,
+    correction_ptr, d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, parameters, score_stride,
+    n_programs,
     A: tl.constexpr, K: tl.constexpr, C: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BK: tl.constexpr, BQ: tl.constexpr, POOL: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
@@ -54,11 +56,26 @@ def gate_backward_kernel(
     """The gradients of the gate's arguments, (N, 2A), and each program's share of dbV, dbU, dw and db.
 
     What reaches the scores comes as `d_scores`, or (POOL, one bag) is worked out here from the gradients of the logits:
-    then those of the projections follow those of the gate, G = 2A + BQ numbers a row.
+    then those of the projections follow those of the gate, G = 2A + BQ numbers a row. Every model has `n_programs`.
     """
     wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
+    model = tl.program_id(0) // n_programs
+    program = tl.program_id(0) % n_programs
+    if PACKED:
+        offsets_ptr += model * stride
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    matrix_first = model * model_rows
+    w_ptr += model * parameters
+    if POOL:
+        scores_ptr += tl.cast(model * K, tl.int64) * score_stride
+        projections_ptr += tl.cast(model * (K + 1) * C, tl.int64) * score_stride
+        maxima_ptr += model * K
+        inverses_ptr += model * K
+        d_logits_ptr += model * (K + 1) * C
+        correction_ptr += model * K
+        if PAIRS:
+            d_pairs_ptr += model * K * K
     row = tl.arange(0, BN)
     branch = tl.arange(0, BK)
     gate = tl.arange(0, BA)
@@ -66,27 +83,28 @@ def gate_backward_kernel(
     branch_fits = branch < K
     gate_fits = gate < A
     w_fits = branch_fits[:, None] & gate_fits[None, :]
-    w = tl.load(w_ptr + branch[:, None] * A + gate[None, :], mask=w_fits, other=0.0)
+    w = tl.load(w_ptr + branch[:, None] * A + gate[None, :], mask=w_fits, other=0.0).to(dtype)
     if POOL:
         d_attended = load_head_gradients(d_logits_ptr, K, C, BK, BQ)
     v_total = tl.zeros((BA, BK), tl.float32)
     u_total = tl.zeros((BA, BK), tl.float32)
     w_total = tl.zeros((BA, BK), tl.float32)
     b_total = tl.zeros((BK,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(used, BN), tl.num_programs(0)):
+    for block in range(program, tl.cdiv(used, BN), n_programs):
         first = block * BN
+        matrix_row = tl.cast(matrix_first + first, tl.int64)
         row_fits = row < used - first
         fits = row_fits[:, None] & gate_fits[None, :]
         scores_fit = row_fits[:, None] & branch_fits[None, :]
-        gate_block_ptr = gate_ptr + tl.cast(first, tl.int64) * (2 * A)
-        d_gate_block_ptr = d_gate_ptr + tl.cast(first, tl.int64) * G
+        gate_block_ptr = gate_ptr + matrix_row * (2 * A)
+        d_gate_block_ptr = d_gate_ptr + matrix_row * G
         at = row[:, None] * (2 * A) + gate[None, :]
         of_v = tl.load(gate_block_ptr + at, mask=fits, other=0.0)
         of_u = tl.load(gate_block_ptr + A + at, mask=fits, other=0.0)
         scores_at = branch.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
         if POOL:
-            maximum = tl.load(stats_ptr + branch, mask=branch_fits, other=0.0)
-            inverse = tl.load(stats_ptr + K + branch, mask=branch_fits, other=0.0)
+            maximum = tl.load(maxima_ptr + branch, mask=branch_fits, other=0.0)
+            inverse = tl.load(inverses_ptr + branch, mask=branch_fits, other=0.0)
             scores = tl.load(scores_ptr + scores_at, mask=scores_fit, other=float("-inf"))
             attention = tl.exp(scores - maximum[None, :]) * inverse[None, :]  # exactly 0 where masked
             d_projected = dot_of_pairs(attention, d_attended, tl.zeros((BN, BQ), tl.float32), PRECISION)
@@ -126,50 +144,63 @@ def gate_backward_kernel(
 
 @triton.jit
 def reduction_backward_kernel(
-    hidden_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags,
-    L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    hidden_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows,
+    weight_rows,
+    L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MODELS: tl.constexpr,
     D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0] in tiles of (BN, BL).
 
     Gradients of projections may follow those of the gate, and the heads V and U: then they are in the product. All
     but H and dH are descriptors for bulk copies. Rows behind the last one used, up to a whole tile, are overwritten.
-    The last rows come first: they are those that L2 still holds.
+    The last rows come first: they are those that L2 still holds. V, U and heads of several models begin `weight_rows`
+    rows apart, with zeros behind them up to a whole block.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
     row = tl.arange(0, BN)
-    n_blocks = tl.cdiv(used, BN)
+    n_blocks = count_blocks(ends, MODELS)
     for tile in range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0)):
-        first = (n_blocks - 1 - tile // n_columns) * BN
+        model, block = find_model(n_blocks - 1 - tile // n_columns, ends, MODELS)
+        if MODELS > 1:
+            used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
+        first = block * BN
+        matrix_row = model * model_rows + first
+        weight_row = model * weight_rows
         first_column = (tile % n_columns) * BL
         column = hold_within(first_column + tl.arange(0, BL), L, BL)
-        at = tl.cast(first, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
+        at = tl.cast(matrix_row, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
         hidden = tl.load(hidden_ptr + at)  # not by bulk copies: under way while the product is worked out
         acc = tl.zeros((BN, BL), tl.float32)
         for a in range(0, G, BD):
-            acc = tl.dot(d_gate.load([first, a]), gate_weight.load([a, first_column]), acc, input_precision=PRECISION)
+            weight_block = gate_weight.load([weight_row + a, first_column])
+            acc = tl.dot(d_gate.load([matrix_row, a]), weight_block, acc, input_precision=PRECISION)
         if D_HIDDEN:
             acc += tl.load(d_hidden_ptr + at).to(tl.float32)
-        d_reduced.store([first, first_column], tl.where(hidden > 0, acc, 0.0).to(d_reduced.dtype))
+        d_reduced.store([matrix_row, first_column], tl.where(hidden > 0, acc, 0.0).to(d_reduced.dtype))
 
 
 @triton.jit
-def active_splits(used, n_splits, LEAST: tl.constexpr):
-    """Into how many shares the rows are cut for the weight gradient: few for a short bag, `n_splits` at most."""
-    return tl.minimum(n_splits, tl.cdiv(used, LEAST))
+def active_splits(used, n_short, n_long, long_rows, LEAST: tl.constexpr):
+    """Into how many shares the rows are cut for the weight gradient: by their number alone, whatever else is launched.
+
+    `n_long` from `long_rows` on, below that `n_short`, or fewer for a short bag.
+    """
+    return tl.where(used >= long_rows, n_long, tl.minimum(n_short, tl.cdiv(used, LEAST)))
 
 
 @triton.jit
 def rows_product(
-    left, right, left_ptr, right_ptr, right_first, tile, first, end,
+    left, right, left_ptr, right_ptr, left_first, right_first, tile, first, end,
     M: tl.constexpr, C: tl.constexpr, LEFT_STRIDE: tl.constexpr, RIGHT_STRIDE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A (BM, BC) tile of leftᵀ right, M by C, over the rows of left from first to end, and its rows and columns.
+    """A (BM, BC) tile of leftᵀ right, M by C, over the bag's rows from first to end, and its rows and columns.
 
-    Whole blocks of rows come by bulk copies; what is left of them by masked loads, as the next rows are not the bag's.
+    The bag begins at `left_first` in left and at `right_first` in right. Whole blocks of rows come by bulk copies; what
+    is left of them by masked loads, as the next rows are not the bag's.
     """
     n_columns: tl.constexpr = (C + BC - 1) // BC
     left_column = (tile // n_columns) * BM
@@ -177,14 +208,14 @@ def rows_product(
     acc = tl.zeros((BM, BC), tl.float32)
     whole_end = first + (end - first) // BN * BN
     for n in range(first, whole_end, BN):
-        left_block = left.load([n, left_column])
+        left_block = left.load([left_first + n, left_column])
         right_block = right.load([right_first + n, right_column])
         acc = tl.dot(left_block.T, right_block, acc, input_precision=PRECISION)
     left_columns = left_column + tl.arange(0, BM)
     right_columns = right_column + tl.arange(0, BC)
     if whole_end < end:
         rows = whole_end + tl.arange(0, BN)
-        left_at = rows.to(tl.int64)[:, None] * LEFT_STRIDE + left_columns[None, :]
+        left_at = (left_first + rows).to(tl.int64)[:, None] * LEFT_STRIDE + left_columns[None, :]
         right_at = (right_first + rows).to(tl.int64)[:, None] * RIGHT_STRIDE + right_columns[None, :]
         row_fits = (rows < end)[:, None]
         left_rest = tl.load(left_ptr + left_at, mask=row_fits & (left_columns < M)[None, :], other=0.0)
@@ -196,7 +227,7 @@ def rows_product(
 @triton.jit
 def weight_gradient_kernel(
     d_reduced, x, d_gate, hidden, d_projected, d_reduced_ptr, x_ptr, d_gate_ptr, hidden_ptr,
-    large_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, n_splits,
+    large_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, n_splits, n_short, n_long, long_rows,
     D: tl.constexpr, L: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
@@ -204,6 +235,7 @@ def weight_gradient_kernel(
     """dW1 = d(X W1ᵀ)ᵀ X and [dV; dU] = [dV' dU']ᵀ H in one launch, a tile and a share of the rows a program.
 
     Where gradients of Q projections follow those of the gate, (N, G = 2A + BQ), those of the heads follow too, (Q, L).
+    There are programs for `n_splits` shares of every model's rows.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BC - 1) // BC
@@ -211,34 +243,38 @@ def weight_gradient_kernel(
     n_gate_tiles: tl.constexpr = ((2 * A + BM - 1) // BM) * n_columns
     n_tiles: tl.constexpr = n_reduction_tiles + n_gate_tiles + (n_columns if Q > 0 else 0)
     size: tl.constexpr = L * (D + 2 * A + Q)
-    used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
-    splits = active_splits(used, n_splits, LEAST)
     tile = tl.program_id(0) % n_tiles
-    split = tl.program_id(0) // n_tiles
+    split = tl.program_id(0) // n_tiles % n_splits
+    model = tl.program_id(0) // (n_tiles * n_splits)
+    if PACKED:
+        offsets_ptr += model * stride
+    used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    splits = active_splits(used, n_short, n_long, long_rows, LEAST)
     if split < splits:
         share = tl.cdiv(tl.cdiv(used, splits), BN) * BN
         first = split * share
         end = tl.maximum(tl.minimum(first + share, used), first)
-        out_ptr = large_ptr + split.to(tl.int64) * size
-        zero = tl.zeros((), tl.int32)
+        out_ptr = large_ptr + (model * n_splits + split).to(tl.int64) * size
+        row_first = model * model_rows
         if tile < n_reduction_tiles:
-            x_first = zero
+            x_first = tl.zeros((), tl.int32)
             if WINDOW:
-                x_first = tl.load(x_first_ptr).to(tl.int32)
+                x_first = tl.load(x_first_ptr + model * stride).to(tl.int32)
             acc, row, column = rows_product(
-                d_reduced, x, d_reduced_ptr, x_ptr, x_first, tile, first, end, L, D, L, D, BM, BC, BN, PRECISION
-            )
+                d_reduced, x, d_reduced_ptr, x_ptr, row_first, x_first, tile, first, end,
+                L, D, L, D, BM, BC, BN, PRECISION,
+            )  # fmt: skip
             tl.store(out_ptr + row * D + column, acc, mask=(row < L) & (column < D))
         elif tile < n_reduction_tiles + n_gate_tiles:
             acc, row, column = rows_product(
-                d_gate, hidden, d_gate_ptr, hidden_ptr, zero, tile - n_reduction_tiles, first, end,
+                d_gate, hidden, d_gate_ptr, hidden_ptr, row_first, row_first, tile - n_reduction_tiles, first, end,
                 2 * A, L, G, L, BM, BC, BN, PRECISION,
             )  # fmt: skip
             tl.store(out_ptr + L * D + row * L + column, acc, mask=(row < 2 * A) & (column < L))
         elif Q > 0:  # the columns of H are the long side: a warp group's product has 64 rows at least
             heads, column_of_head, line = rows_product(
-                hidden, d_projected, hidden_ptr, d_gate_ptr + 2 * A, zero, tile - n_reduction_tiles - n_gate_tiles,
-                first, end, L, BQ, L, G, BC, BQ, BN, PRECISION,
+                hidden, d_projected, hidden_ptr, d_gate_ptr + 2 * A, row_first, row_first,
+                tile - n_reduction_tiles - n_gate_tiles, first, end, L, BQ, L, G, BC, BQ, BN, PRECISION,
             )  # fmt: skip
             heads_at = L * (D + 2 * A) + line * L + column_of_head
             tl.store(out_ptr + heads_at, heads, mask=(line < Q) & (column_of_head < L))
@@ -267,16 +303,15 @@ def sum_small_partials(small_ptr, columns, n_small, n_blocks, BC: tl.constexpr, 
 
 @triton.jit
 def sum_partials_kernel(
-    large_ptr, small_ptr, out_ptr, n_rows, n_large, n_small, n_splits, n_row_programs, n_large_blocks,
-    BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, LEAST: tl.constexpr, CHAINED: tl.constexpr,
+    large_ptr, small_ptr, out_ptr, n_large, n_small, n_splits, n_row_programs, n_large_blocks,
+    BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the partial gradients in a fixed order: the same bits at every run."""
     wait_for_previous(CHAINED)
     pid = tl.program_id(0)
     if pid < n_large_blocks:
         columns = pid * BC + tl.arange(0, BC)
-        splits = active_splits(tl.zeros((), tl.int32) + n_rows, n_splits, LEAST)
-        total = sum_large_partials(large_ptr, columns, n_large, splits, BP)
+        total = sum_large_partials(large_ptr, columns, n_large, n_splits, BP)
         tl.store(out_ptr + columns, total, mask=columns < n_large)
     else:
         small_columns = (pid - n_large_blocks) * BS + tl.arange(0, BS)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from acmil.kernels.gated_scores.backward_kernels import sum_partials_kernel
 from acmil.kernels.gated_scores.launches import (
-    LEAST_SPLIT_ROWS,
     Rows,
     Weights,
+    choose_shares,
     choose_tiles,
     gate_backward_programs,
     launch_gate,
@@ -17,7 +17,6 @@ from acmil.kernels.gated_scores.launches import (
     launch_reduce,
     launch_reduction_backward,
     launch_weight_gradient,
-    weight_gradient_splits,
 )
 from acmil.kernels.launch import ceil_div, chained, check_operands, power_of_2_at_least
 
@@ -104,17 +103,17 @@ def gated_scores_backward_op(
         hidden, d_gate, torch.cat((weights.v, weights.u)), d_reduced, rows, tiles.reduction_backward,
         d_hidden=None if d_hidden is None else d_hidden.contiguous(),
     )  # fmt: skip
-    _, splits = weight_gradient_splits(rows.n_rows, n_features, n_hidden, n_gate, tiles.weight_gradient, device)
+    shares = choose_shares(n_features, n_hidden, n_gate, features.dtype, device)
+    splits = shares.of(rows.n_rows)
     n_large = n_hidden * n_features + 2 * n_gate * n_hidden
-    large = torch.empty((splits, n_large), dtype=torch.float32, device=device)
-    launch_weight_gradient(features, hidden, d_reduced, d_gate, n_gate, large, rows, tiles.weight_gradient)
+    large = torch.empty((shares.most(rows.n_rows), n_large), dtype=torch.float32, device=device)
+    launch_weight_gradient(features, hidden, d_reduced, d_gate, n_gate, large, rows, tiles.weight_gradient, shares)
     gradients = torch.empty((n_large + n_small,), dtype=torch.float32, device=device)
     block, small_block = 512, 16
     n_large_blocks = ceil_div(n_large, block)
     sum_partials_kernel[(n_large_blocks + ceil_div(n_small, small_block),)](
-        large, small, gradients, rows.n_rows, n_large, n_small, splits, n_programs, n_large_blocks,
-        BC=block, BS=small_block, BP=power_of_2_at_least(splits, least=1), LEAST=LEAST_SPLIT_ROWS, num_warps=4,
-        **chained(device),
+        large, small, gradients, n_large, n_small, splits, n_programs, n_large_blocks,
+        BC=block, BS=small_block, BP=power_of_2_at_least(splits, least=1), num_warps=4, **chained(device),
     )  # fmt: skip
     return gradients, d_reduced
 

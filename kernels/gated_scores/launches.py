@@ -28,7 +28,7 @@ LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partia
 
 
 class Weights(NamedTuple):
-    """The operator's weights, in the order of the public functions."""
+    """The operator's weights, in the order of the public functions; of several models, those of the first."""
 
     reduction: Tensor  # (L, D)
     v: Tensor  # (A, L)
@@ -43,14 +43,51 @@ class Rows(NamedTuple):
     """Which rows a launch works on.
 
     Attributes:
-        n_rows: Rows of the buffers.
+        n_rows: Most rows of a bag.
         offsets: (2,) int64 on the device: the last entry is how many of the rows are used. None: all.
         x_first: (1,) int64 on the device, the row of X where the bag begins. None: 0.
+        models: How many models have a bag each; at most `MOST_MODELS`.
+        stride: Numbers from a model's offsets, and its first row of X, to the next one's.
+        model_rows: Rows of the buffers from a model's to the next one's, whole tiles.
     """
 
     n_rows: int
     offsets: Tensor | None = None
     x_first: Tensor | None = None
+    models: int = 1
+    stride: int = 0
+    model_rows: int = 0
+
+
+class Parts(NamedTuple):
+    """Where the parameters of several models lie.
+
+    Attributes:
+        weight_rows: From the V, U and heads of a model to those of the next, with zeros behind them.
+        parameters: Numbers from the biases and w of a model to those of the next.
+    """
+
+    weight_rows: int = 0
+    parameters: int = 0
+
+
+ONE_MODEL = Parts()
+
+
+class Shares(NamedTuple):
+    """Into how many shares the rows of a bag are cut for the gradients of the weights."""
+
+    short: int  # or fewer, of `LEAST_SPLIT_ROWS` each
+    long: int
+    long_rows: int  # from so many on
+
+    def of(self, n_rows: int) -> int:
+        """Shares of a bag."""
+        return self.long if n_rows >= self.long_rows else min(self.short, ceil_div(n_rows, LEAST_SPLIT_ROWS))
+
+    def most(self, n_rows: int) -> int:
+        """Most shares of a bag of up to so many rows."""
+        return max(self.of(n_rows), self.of(min(n_rows, self.long_rows - 1)))
 
 
 class Tile(NamedTuple):
@@ -65,10 +102,14 @@ class Tile(NamedTuple):
 
 
 class PoolGradients(NamedTuple):
-    """What the backward of the scores needs to take in that of one bag's pool and heads, in the same pass over rows."""
+    """What the backward of the scores needs to take in that of one bag's pool and heads, in the same pass over rows.
+
+    Those of several models lie one after another.
+    """
 
     scores: Tensor  # (K, ΣN) float32
-    stats: Tensor  # (2, K) float32: maximum, and the inverse of the sum of exponentials
+    maxima: Tensor  # (K,) float32
+    inverses: Tensor  # (K,) float32: of the sum of exponentials
     projections: Tensor  # H Wᵀ, ((K + 1) C, ΣN) float32
     d_logits: Tensor  # ((K + 1) C,) float32: of the branches, then of the bag
     d_pairs: Tensor | None  # (K, K) float32: dG + dGᵀ of the Gram matrix
@@ -97,16 +138,19 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
             reduction_backward=Tile(64, narrow, 32, 4, 3, 2),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
-    long = n_rows >= 128 * processors
+    long = n_rows >= _long_bag(device)
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
         gate=_gate_tile(n_rows, whole_gate, processors),
-        gate_backward=Tile(
-            16 if n_rows <= 32 * processors else 32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2
-        ),
+        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2),
         reduction_backward=_reduction_backward_tile(n_rows, n_hidden, processors),
         weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
+
+
+def _long_bag(device: torch.device) -> int:
+    """From how many rows on the largest tiles leave no processor without work."""
+    return 128 * n_processors(device)
 
 
 def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
@@ -159,16 +203,19 @@ def _options(tensor: Tensor, tile: Tile, *, fast: bool = False) -> dict[str, obj
 
 
 def launch_reduce(features: Tensor, weight: Tensor, hidden: Tensor, rows: Rows, tile: Tile) -> None:
-    """Write H = relu(X W1ᵀ); rows of `hidden` behind the last one used may be overwritten, up to a whole tile."""
-    n_hidden, n_features = weight.shape
-    n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
+    """Write H = relu(X W1ᵀ); rows of `hidden` behind the last one used may be overwritten, up to a whole tile.
+
+    The weights of several models, (L, D) each, stand one below the other.
+    """
+    n_hidden, n_features = hidden.shape[1], features.shape[1]
+    n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
     reduce_kernel[_grid(n_tiles, tile, hidden.device)](
         TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns]),
-        rows.x_first, rows.offsets, rows.n_rows, 1,
-        D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, WINDOW=rows.x_first is not None,
-        PACKED=rows.offsets is not None, **_options(hidden, tile),
+        rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows,
+        D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
+        WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip
 
 
@@ -181,31 +228,34 @@ def launch_gate(
     tile: Tile,
     *,
     heads: Tensor | None = None,
+    n_lines: int = 1,
     projections: Tensor | None = None,
+    parts: Parts = ONE_MODEL,
 ) -> None:
     """Write the scores (K, ΣN) and, where there is a place for them, the arguments of the gate (ΣN, 2A).
 
-    With `heads` (Q, L), the projections on them too, (Q, ΣN) float32, of the scores' row stride.
+    With `heads`, `n_lines` rows of L, the projections on them too, (Q, ΣN) float32, of the scores' row stride.
     """
     n_branches, n_gate = weights.score.shape
-    block, n_lines = [tile.columns, tile.depth], 1 if heads is None else heads.shape[0]
+    block = [tile.columns, tile.depth]
     lines = power_of_2_at_least(n_lines)
     stage_bytes = (tile.rows + 2 * tile.columns + lines) * tile.depth * hidden.element_size()
     tile = tile._replace(stages=min(tile.stages, (SHARED_BYTES - _GATE_REST_BYTES) // stage_bytes))
-    gate_kernel[_grid(ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
+    gate_kernel[_grid(rows.models * ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,
         TensorDescriptor.from_tensor(weights.u, block), weights.u_bias, weights.score, weights.score_bias,
         None if heads is None else TensorDescriptor.from_tensor(heads, [lines, tile.depth]),
-        scores, gate, projections, rows.offsets, rows.n_rows, 1, scores.stride(0),
+        scores, gate, projections, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, *parts,
+        scores.stride(0),
         L=hidden.shape[1], A=n_gate, K=n_branches, Q=n_lines, BN=tile.rows, BL=tile.depth, BA=tile.columns,
-        BK=BRANCH_BLOCK, BQ=lines, SAVE_GATE=gate is not None, HEADS=heads is not None,
+        BK=BRANCH_BLOCK, BQ=lines, MODELS=rows.models, SAVE_GATE=gate is not None, HEADS=heads is not None,
         PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
     )  # fmt: skip
 
 
 def gate_backward_programs(n_rows: int, tile: Tile, device: torch.device) -> int:
-    """How many programs the backward of the gate has: each leaves one share of the gradients of biases and w."""
+    """How many programs the backward of the gate has a model: each leaves a share of the gradients of biases and w."""
     return _grid(ceil_div(n_rows, tile.rows), tile, device)[0]
 
 
@@ -219,6 +269,7 @@ def launch_gate_backward(
     *,
     d_scores: Tensor | None = None,
     pool: PoolGradients | None = None,
+    parts: Parts = ONE_MODEL,
 ) -> None:
     """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
 
@@ -227,10 +278,11 @@ def launch_gate_backward(
     n_branches, n_gate = weights.score.shape
     strided = d_scores if pool is None else pool.scores
     assert strided is not None
-    n_lines = BRANCH_BLOCK if pool is None else pool.d_logits.shape[0]
-    gate_backward_kernel[(gate_backward_programs(rows.n_rows, tile, gate.device),)](
-        gate, weights.score, d_scores, *((None,) * 6 if pool is None else pool), d_gate, small,
-        rows.offsets, rows.n_rows, 1, strided.stride(0),
+    n_lines = BRANCH_BLOCK if pool is None else pool.d_logits.shape[-1]
+    n_programs = gate_backward_programs(rows.n_rows, tile, gate.device)
+    gate_backward_kernel[(rows.models * n_programs,)](
+        gate, weights.score, d_scores, *((None,) * 7 if pool is None else pool), d_gate, small,
+        rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.parameters, strided.stride(0), n_programs,
         A=n_gate, K=n_branches, C=n_lines // (n_branches + 1), G=d_gate.shape[1], BN=tile.rows, BA=tile.columns,
         BK=BRANCH_BLOCK, BQ=power_of_2_at_least(n_lines), POOL=pool is not None,
         PAIRS=pool is not None and pool.d_pairs is not None, PACKED=rows.offsets is not None,
@@ -247,6 +299,7 @@ def launch_reduction_backward(
     tile: Tile,
     *,
     d_hidden: Tensor | None = None,
+    parts: Parts = ONE_MODEL,
 ) -> None:
     """Write d(X W1ᵀ) (ΣN, L) from the gradients of the gate's arguments, and of H or of projections of it.
 
@@ -254,27 +307,39 @@ def launch_reduction_backward(
     overwritten.
     """
     n_hidden = hidden.shape[1]
-    n_tiles = ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
+    n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
     reduction_backward_kernel[_grid(n_tiles, tile, hidden.device)](
         hidden,
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
         TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
-        d_hidden, rows.offsets, rows.n_rows, 1,
-        L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, D_HIDDEN=d_hidden is not None,
-        PACKED=rows.offsets is not None, **_options(hidden, tile),
+        d_hidden, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.weight_rows,
+        L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
+        D_HIDDEN=d_hidden is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
     )  # fmt: skip
 
 
-def weight_gradient_splits(
-    n_rows: int, n_features: int, n_hidden: int, n_gate: int, tile: Tile, device: torch.device, *, heads: bool = False
-) -> tuple[int, int]:
-    """Output tiles of the weight gradients, and into how many shares the rows are cut so that all processors work."""
+def count_gradient_tiles(n_features: int, n_hidden: int, n_gate: int, tile: Tile, *, heads: bool = False) -> int:
+    """Output tiles of the weight gradients."""
     columns = ceil_div(n_hidden, tile.columns)
     tiles = ceil_div(n_hidden, tile.rows) * ceil_div(n_features, tile.columns)
-    tiles += ceil_div(2 * n_gate, tile.rows) * columns + (columns if heads else 0)
-    splits = min(tile.programs * n_processors(device) // tiles, ceil_div(n_rows, LEAST_SPLIT_ROWS))
-    return tiles, max(1, splits)
+    return tiles + ceil_div(2 * n_gate, tile.rows) * columns + (columns if heads else 0)
+
+
+def choose_shares(
+    n_features: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, heads: bool = False
+) -> Shares:
+    """Shares of the rows, so that all processors work on one bag: by its size alone, whatever else is launched."""
+    processors = n_processors(device)
+
+    def fill(tile: Tile) -> int:
+        tiles = count_gradient_tiles(n_features, n_hidden, n_gate, tile, heads=heads)
+        return max(1, tile.programs * processors // tiles)
+
+    short, long = (
+        choose_tiles(n_rows, n_hidden, n_gate, dtype, device).weight_gradient for n_rows in (1, _long_bag(device))
+    )
+    return Shares(fill(short), fill(long), _long_bag(device))
 
 
 def launch_weight_gradient(
@@ -286,21 +351,26 @@ def launch_weight_gradient(
     large: Tensor,
     rows: Rows,
     tile: Tile,
+    shares: Shares,
     *,
     n_heads: int = 0,
 ) -> None:
     """Write partial sums of dW1 and [dV; dU], (splits, L·D + 2A·L) float32, with those of `n_heads` rows behind them.
 
+    `large` has room for the most splits of a bag of `rows.n_rows`, for every model.
+
     `d_gate` has the gradients of the gate's arguments, (ΣN, 2A), and those of the projections on heads behind them.
     """
     n_features, n_hidden, n_columns = features.shape[1], hidden.shape[1], d_gate.shape[1]
-    tiles, _ = weight_gradient_splits(rows.n_rows, n_features, n_hidden, n_gate, tile, hidden.device, heads=n_heads > 0)
+    tiles = count_gradient_tiles(n_features, n_hidden, n_gate, tile, heads=n_heads > 0)
+    n_splits = shares.most(rows.n_rows)
     left, right, lines = [tile.depth, tile.rows], [tile.depth, tile.columns], max(1, n_columns - 2 * n_gate)
     d_projected = TensorDescriptor.from_tensor(d_gate[:, 2 * n_gate :], [tile.depth, lines]) if n_heads > 0 else None
-    weight_gradient_kernel[(tiles * large.shape[0],)](
+    weight_gradient_kernel[(rows.models * tiles * n_splits,)](
         TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),
         TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right), d_projected,
-        d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, large.shape[0],
+        d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride,
+        rows.model_rows, n_splits, *shares,
         D=n_features, L=n_hidden, A=n_gate, Q=n_heads, G=n_columns, BM=tile.rows, BC=tile.columns, BN=tile.depth,
         BQ=lines, LEAST=LEAST_SPLIT_ROWS, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
         **_options(hidden, tile),

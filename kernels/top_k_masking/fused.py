@@ -77,8 +77,12 @@ def launch_mask(
     *,
     n_find: int,
     maxima: Tensor | None = None,
+    models: int = 1,
+    stride: int = 0,
 ) -> None:
     """Mask scores (R, ΣN) float32 of packed bags: in `keep`, or in place as -inf.
+
+    Each of several models has R / M rows, and a bag of its own.
 
     Args:
         scores: (R, ΣN) float32; their row stride may be larger.
@@ -86,19 +90,22 @@ def launch_mask(
         picks: Scratch, of `new_picks` for `n_find`.
         arrived: (R · B,) int32, zeros; left as zeros.
         n_drop: Of `drop_table`.
-        seed: (1,) int64: with `step`, all that the draw depends on.
+        seed: (1,) or (M,) int64: with `step` and the row, all that the draw depends on.
         step: (1,) int64.
         top_k: Size of the pool; 0 masks nothing.
         offsets: (B+1,) int64, or None for one bag.
         n_find: `top_k`, or `n_to_find` where there are maxima.
         maxima: (R, B) float32 to write: the highest score that is not masked.
+        models: M.
+        stride: Numbers from a model's offsets, and its step, to the next one's.
     """
     n_lines, n_rows = scores.shape
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
     block = block_size(n_rows)
     n_slots = ceil_div(n_rows, block)
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
-        scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, scores.stride(0),
-        top_k, n_find, BN=block, BP=power_of_2_at_least(n_find), KEEP=keep is not None, MAXIMA=maxima is not None,
+        scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
+        n_lines // models, scores.stride(0), top_k, n_find,
+        BN=block, BP=power_of_2_at_least(n_find), KEEP=keep is not None, MAXIMA=maxima is not None,
         PACKED=offsets is not None, SEARCH=search_steps(n_bags), num_warps=8, **chained(scores.device),
     )  # fmt: skip

@@ -60,7 +60,7 @@ def draw_masked(in_pool, n_drop, seed, step, row, BP: tl.constexpr):
 @triton.jit
 def mask_kernel(
     scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
-    n_rows, n_bags, n_slots, score_stride, top_k, n_find,
+    n_rows, n_bags, n_slots, stride, n_lines, score_stride, top_k, n_find,
     BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr, PACKED: tl.constexpr,
     SEARCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -69,10 +69,14 @@ def mask_kernel(
     With KEEP a mask is written, (R, ΣN) bytes; otherwise masked scores become -inf in place, where a softmax gives them
     exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked. With MAXIMA the highest score that is left
     is written, (R, B): for that the `n_find` highest are looked for, one more than the pool where all of it is masked.
+    Every `n_lines` rows belong to one model: its offsets and step are `stride` numbers behind those of the one before.
     """
     wait_for_previous(CHAINED)
     line = tl.program_id(0)
     slot = tl.program_id(1)
+    model = line // n_lines
+    if PACKED:
+        offsets_ptr += model * stride
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     size = slot_size(used, n_slots, BN)
     bag, first, end = find_slot(slot, size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
@@ -107,7 +111,9 @@ def mask_kernel(
             n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length))
             n_drop = tl.minimum(n_drop, length - 1)
             in_pool = (picks != NO_KEY) & (place < top_k)
-            masked = draw_masked(in_pool, n_drop, tl.load(seed_ptr), tl.load(step_ptr), line * n_bags + bag, BP)
+            number = (line - model * n_lines) * n_bags + bag
+            seed, step = tl.load(seed_ptr + model), tl.load(step_ptr + model * stride)
+            masked = draw_masked(in_pool, n_drop, seed, step, number, BP)
             masked_rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
             if KEEP:
                 tl.store(keep_ptr + line.to(tl.int64) * n_rows + masked_rows, tl.zeros((BP,), tl.int8), mask=masked)

@@ -158,13 +158,13 @@ def losses_of_bag(
 
 
 @triton.jit
-def prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay):
+def prepare_update(rate_ptr, powers_ptr, update_ptr, weight_decay):
     """AdamW's factors of this step, and the powers of its betas one further, in float64."""
     power_1 = tl.load(powers_ptr) * tl.load(powers_ptr + 2)
     power_2 = tl.load(powers_ptr + 1) * tl.load(powers_ptr + 3)
     tl.store(powers_ptr, power_1)
     tl.store(powers_ptr + 1, power_2)
-    rate = tl.load(rates_ptr + position)
+    rate = tl.load(rate_ptr)
     tl.store(update_ptr, (1.0 - rate * weight_decay).to(tl.float32))
     tl.store(update_ptr + 1, (rate / (1.0 - power_1)).to(tl.float32))
     tl.store(update_ptr + 2, tl.sqrt(1.0 - power_2).to(tl.float32))
@@ -172,40 +172,52 @@ def prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay):
 
 @triton.jit
 def losses_kernel(
-    scores_ptr, projections_ptr, stats_ptr, sums_ptr, arrived_ptr, head_bias_ptr, d_logits_ptr,
+    scores_ptr, projections_ptr, maxima_ptr, inverses_ptr, sums_ptr, arrived_ptr, head_bias_ptr, d_logits_ptr,
     d_pairs_ptr, correction_ptr, cursor_ptr, losses_ptr, rates_ptr, powers_ptr, update_ptr, used_ptr,
-    n_slots, score_stride, weight_decay,
+    n_slots, parameters, positions, score_stride, weight_decay,
     K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
     MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the scores and projections of a slot of rows; the program that comes last does the rest of the middle.
 
     The logits are sums over the rows, `W z = Σ_n P (H Wᵀ)`, so that the rows of H are not needed here. The maxima of
-    the scores are given, (K,), and what their exponentials sum up to is written behind them, inverted. Behind the sums
-    of the slots there is room for the bag's. `cursor` holds position, first row, 0, length, label and step number.
+    the scores are given, (K,), and what their exponentials sum up to is written, inverted. Behind the sums of the slots
+    there is room for the bag's. `cursor` holds position, first row, 0, length, label and step number.
+
+    Every model has `n_slots` programs, and `positions` rows of losses and rates; one without rows has nothing to do.
     """
     wait_for_previous(CHAINED)
     X: tl.constexpr = 1 + 2 * C + K
-    slot = tl.program_id(0)
+    slot = tl.program_id(0) % n_slots
+    model = tl.program_id(0) // n_slots
+    scores_ptr += tl.cast(model * K, tl.int64) * score_stride
+    projections_ptr += tl.cast(model * (K + 1) * C, tl.int64) * score_stride
+    maxima_ptr += model * K
+    sums_ptr += model * (MOST + 1) * K * X
+    cursor_ptr += model * 6
     used = tl.load(cursor_ptr + 3).to(tl.int32)
+    if (slot == 0) & (used == 0):
+        tl.store(used_ptr + model, used)
     size = slot_size(used, n_slots, BN)
     first = slot * size
     if first < used:
         end = tl.minimum(first + size, used)
         sum_rows(
-            scores_ptr, projections_ptr, stats_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
+            scores_ptr, projections_ptr, maxima_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
         )  # fmt: skip
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
-        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
+        if tl.atomic_add(arrived_ptr + model, 1, sem="acq_rel", scope="gpu") == count - 1:
             position = tl.load(cursor_ptr)
+            line = model * positions + position
             total_ptr = sums_ptr + MOST * K * X
             sum_slots(sums_ptr, total_ptr, count, K * X, BS, BN)
             tl.debug_barrier()  # they are read again in another order
             losses_of_bag(
-                total_ptr, head_bias_ptr, tl.load(cursor_ptr + 4).to(tl.int32), d_logits_ptr, stats_ptr + K,
-                d_pairs_ptr, correction_ptr, losses_ptr + position * 4, K, C, X, BK, BX,
+                total_ptr, head_bias_ptr + model * parameters, tl.load(cursor_ptr + 4).to(tl.int32),
+                d_logits_ptr + model * (K + 1) * C, inverses_ptr + model * K, d_pairs_ptr + model * K * K,
+                correction_ptr + model * K, losses_ptr + line * 4, K, C, X, BK, BX,
             )  # fmt: skip
-            prepare_update(rates_ptr, powers_ptr, update_ptr, position, weight_decay)
-            tl.store(used_ptr, used)
-            tl.store(arrived_ptr, 0)
+            prepare_update(rates_ptr + line, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
+            tl.store(used_ptr + model, used)
+            tl.store(arrived_ptr + model, 0)

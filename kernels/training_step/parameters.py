@@ -46,6 +46,11 @@ class Sizes(NamedTuple):
         """Logits of all branches and of the bag: rows of the heads' weights, and numbers in their biases."""
         return (self.branches + 1) * self.classes
 
+    @property
+    def n_all(self) -> int:
+        """Numbers in all parameters."""
+        return self.n_large + self.n_small + self.n_logits
+
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shape of each parameter, in the order of `GatedParameters`."""
         d, l, a, k, c = self  # noqa: E741

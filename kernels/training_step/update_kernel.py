@@ -10,7 +10,7 @@ from acmil.kernels.products import wait_for_previous
 
 @triton.jit
 def adamw(
-    master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, at, fits, gradient,
+    master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, at, work_at, fits, gradient,
     weight_1, weight_2, epsilon, WORK: tl.constexpr,
 ):  # fmt: skip
     """One AdamW step of some parameters, and their working copy; the weights of the moments are 1 − β."""
@@ -25,60 +25,80 @@ def adamw(
     tl.store(first_moment_ptr + at, first, mask=fits)
     tl.store(second_moment_ptr + at, second, mask=fits)
     if WORK:
-        tl.store(work_ptr + at, parameter.to(work_ptr.dtype.element_ty), mask=fits)
+        tl.store(work_ptr + work_at, parameter.to(work_ptr.dtype.element_ty), mask=fits)
 
 
 @triton.jit
-def next_bag(cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions):
-    """Move the cursor to the next bag in the order; behind the last it stays on that bag."""
-    position = tl.minimum(tl.load(cursor_ptr) + 1, n_positions)
-    bag = tl.load(order_ptr + tl.minimum(position, n_positions - 1))
-    start = tl.load(bag_offsets_ptr + bag)
+def next_bag(cursor_ptr, bags_ptr, positions, used):
+    """Move the cursor to the next bag: its first row, length and label. Behind the last it stays on that bag.
+
+    The number of steps counts those alone that had rows.
+    """
+    position = tl.minimum(tl.load(cursor_ptr) + 1, positions)
+    bag_ptr = bags_ptr + tl.minimum(position, positions - 1) * 3
     tl.store(cursor_ptr, position)
-    tl.store(cursor_ptr + 1, start)
-    tl.store(cursor_ptr + 3, tl.load(bag_offsets_ptr + bag + 1) - start)
-    tl.store(cursor_ptr + 4, tl.load(labels_ptr + bag))
-    tl.store(cursor_ptr + 5, tl.load(cursor_ptr + 5) + 1)
+    tl.store(cursor_ptr + 1, tl.load(bag_ptr))
+    tl.store(cursor_ptr + 3, tl.load(bag_ptr + 1))
+    tl.store(cursor_ptr + 4, tl.load(bag_ptr + 2))
+    tl.store(cursor_ptr + 5, tl.load(cursor_ptr + 5) + (used > 0).to(tl.int64))
 
 
 @triton.jit
 def update_kernel(
     large_ptr, small_ptr, d_logits_ptr, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, used_ptr,
-    cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions, n_large, n_small, n_logits, idle_first, n_idle,
-    n_splits, n_row_programs, row_block, weight_1, weight_2, epsilon,
+    cursor_ptr, bags_ptr, n_programs, positions, parameters, n_reduction, n_large, n_small, n_logits, work_rest,
+    work_rest_size, idle_first, n_idle, n_splits, n_short, n_long, long_rows, n_row_programs, row_block,
+    weight_1, weight_2, epsilon,
     BC: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BP: tl.constexpr, BLOCKS: tl.constexpr,
-    LEAST: tl.constexpr, WORK: tl.constexpr, CHAINED: tl.constexpr,
+    LEAST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Parameters in their flat order: matrices from split sums, the small ones from programs' sums, then head biases.
 
     A single branch's own head has no part in the loss, and is left as it is: `n_idle` numbers from `idle_first` on,
-    and the first half of the biases.
+    and the first half of the biases. Every model has `n_programs`; one that had no rows is left as it is. Working
+    copies of the first `n_reduction` numbers, whole blocks, of all models stand together, those of the other matrices
+    from `work_rest` on, `work_rest_size` for each model.
     """
     wait_for_previous(CHAINED)
-    pid = tl.program_id(0)
+    model = tl.program_id(0) // n_programs
+    program = tl.program_id(0) % n_programs
     n_small_programs = tl.cdiv(n_small, BS)
-    used = tl.load(used_ptr)
-    if pid < n_small_programs:  # the longest first
-        small = pid * BS + tl.arange(0, BS)
-        with_rows = tl.minimum(n_row_programs, tl.cdiv(used, row_block))
-        gradient = sum_small_partials(small_ptr, small, n_small, with_rows, BS, BLOCKS)
-        adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + small, small < n_small,
-            gradient, weight_1, weight_2, epsilon, WORK,
-        )  # fmt: skip
-    elif pid < tl.num_programs(0) - 1:
-        large = (pid - n_small_programs) * BC + tl.arange(0, BC)
-        fits = (large < n_large) & ((large < idle_first) | (large >= idle_first + n_idle))
-        total = sum_large_partials(large_ptr, large, n_large, active_splits(used, n_splits, LEAST), BP)
-        adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, large, fits, total,
-            weight_1, weight_2, epsilon, WORK,
-        )  # fmt: skip
-    else:
-        bias = tl.arange(0, BB)
-        bias_fits = (bias < n_logits) & ((n_idle == 0) | (bias >= n_logits // 2))
-        adamw(
-            master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_small + bias, bias_fits,
-            tl.load(d_logits_ptr + bias, mask=bias_fits, other=0.0), weight_1, weight_2, epsilon, WORK,
-        )  # fmt: skip
-        next_bag(cursor_ptr, order_ptr, bag_offsets_ptr, labels_ptr, n_positions)
+    used = tl.load(used_ptr + model)
+    if used > 0:
+        of_model = tl.cast(model, tl.int64) * parameters
+        master_ptr += of_model
+        first_moment_ptr += of_model
+        second_moment_ptr += of_model
+        update_ptr += model * 3
+        if program < n_small_programs:  # the longest first
+            small = program * BS + tl.arange(0, BS)
+            with_rows = tl.minimum(n_row_programs, tl.cdiv(used, row_block))
+            of_model_ptr = small_ptr + tl.cast(model, tl.int64) * n_row_programs * n_small
+            gradient = sum_small_partials(of_model_ptr, small, n_small, with_rows, BS, BLOCKS)
+            adamw(
+                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + small, small,
+                small < n_small, gradient, weight_1, weight_2, epsilon, False,
+            )  # fmt: skip
+        elif program < n_programs - 1:
+            large = (program - n_small_programs) * BC + tl.arange(0, BC)
+            fits = (large < n_large) & ((large < idle_first) | (large >= idle_first + n_idle))
+            splits = active_splits(used, n_short, n_long, long_rows, LEAST)
+            of_model_ptr = large_ptr + tl.cast(model, tl.int64) * n_splits * n_large
+            total = sum_large_partials(of_model_ptr, large, n_large, splits, BP)
+            work_first = tl.cast(model, tl.int64) * n_reduction
+            if (program - n_small_programs) * BC >= n_reduction:
+                work_first = tl.cast(model, tl.int64) * work_rest_size + work_rest - n_reduction
+            adamw(
+                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, large, work_first + large,
+                fits, total, weight_1, weight_2, epsilon, True,
+            )  # fmt: skip
+        else:
+            bias = tl.arange(0, BB)
+            bias_fits = (bias < n_logits) & ((n_idle == 0) | (bias >= n_logits // 2))
+            d_logits = tl.load(d_logits_ptr + model * n_logits + bias, mask=bias_fits, other=0.0)
+            adamw(
+                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_small + bias, bias,
+                bias_fits, d_logits, weight_1, weight_2, epsilon, False,
+            )  # fmt: skip
+    if program == n_programs - 1:
+        next_bag(cursor_ptr + model * 6, bags_ptr + model * positions * 3, positions, used)

@@ -48,14 +48,14 @@ def pretend(name, value):
             setattr(module, name, value)
 
 
-def compile_step(n_rows, sizes, dtype):
+def compile_step(n_rows, sizes, dtype, n_models=1):
     from acmil.kernels.training_step import GatedParameters
     from acmil.kernels.training_step.fused import TrainingStep
 
     parameters = GatedParameters(*(torch.zeros(shape) for shape in sizes.shapes()))
     step = TrainingStep(
-        parameters, features=torch.zeros((n_rows, sizes.features), dtype=dtype), longest=n_rows, top_k=10, ratio=0.6,
-        bag_offsets=torch.tensor([0, n_rows]), labels=torch.tensor([0]), weight_decay=0.0, seed=0,
+        n_models * [parameters], features=torch.zeros((n_rows, sizes.features), dtype=dtype), longest=n_rows,
+        positions=1, top_k=10, ratio=0.6, weight_decay=0.0, seeds=n_models * [0],
     )  # fmt: skip
     step.launch()
 
@@ -89,6 +89,7 @@ def main():
     pretend("may_approximate", lambda dtype, device: dtype != torch.float32)
     for n_rows in (1_000, 10_000, 17_000):
         compile_step(n_rows, Sizes(1024, 512, 128, 5, 2), torch.bfloat16)
+    compile_step(10_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, 25)
     compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.float32)
     compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
     for n_rows in (1_000, 17_000):

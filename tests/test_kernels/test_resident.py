@@ -134,7 +134,7 @@ def test_runs_together_give_what_each_gives_alone(device):
         {"seed": 2, "train": bags[3:] + val[:2], "val": [*val[2:], *bags[:3]], "mask_top_k": 4},
     ]
     ended = []
-    together = train([make_job(**one) for one in grid], device, lanes=2, on_result=lambda n, _: ended.append(n))
+    together = train([make_job(**one) for one in grid], device, group=2, on_result=lambda n, _: ended.append(n))
     assert ended[0] == 1
     assert sorted(ended) == [0, 1, 2]
     for one, result in zip(grid, together, strict=True):

@@ -7,8 +7,8 @@ from acmil.kernels.training_step import GatedParameters, loss_terms
 from acmil.kernels.training_step.parameters import Sizes, sizes_of, views_of
 
 SCRATCH = (
-    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "sums", "stats", "d_logits", "d_pairs",
-    "correction", "small", "large", "losses",
+    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "sums", "maxima", "inverses", "d_logits",
+    "d_pairs", "correction", "small", "large", "losses",
 )  # fmt: skip
 RATE, DECAY = 1e-3, 1e-2
 
@@ -20,23 +20,25 @@ def make_parameters(sizes, seed=0):
     )
 
 
-def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seed=7, **options):
+def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seeds=(7,), positions=None):
+    """A step and its bags, (len(lengths), 3); the model of a seed is always the same."""
     from acmil.kernels.training_step.fused import TrainingStep
 
     generator = torch.Generator().manual_seed(3)
     features = torch.randn((sum(lengths), sizes.features), generator=generator).to(device, dtype)
-    labels = torch.randint(sizes.classes, (len(lengths),), generator=generator).to(device)
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
-    return TrainingStep(
-        make_parameters(sizes), features=features, bag_offsets=offsets, labels=labels, longest=max(lengths),
-        top_k=top_k, ratio=0.6, weight_decay=DECAY, seed=seed, **options,
+    labels = torch.randint(sizes.classes, (len(lengths),), generator=generator)
+    n_rows = torch.tensor(lengths)
+    step = TrainingStep(
+        [make_parameters(sizes, seed) for seed in seeds], features=features, longest=max(lengths),
+        positions=positions or len(lengths), top_k=top_k, ratio=0.6, weight_decay=DECAY, seeds=seeds,
     )  # fmt: skip
+    return step, torch.stack([n_rows.cumsum(0) - n_rows, n_rows, labels], dim=1).to(device)
 
 
-def schedule(step, order):
-    device = step.master.device
-    rates = torch.linspace(RATE, RATE / 2, len(order), dtype=torch.float64, device=device)
-    step.schedule(torch.tensor(order, device=device), rates)
+def schedule(step, bags, *orders):
+    """Order of bags of each model; rates fall."""
+    rates = torch.linspace(RATE, RATE / 2, len(orders[0]), dtype=torch.float64, device=bags.device)
+    step.schedule(torch.stack([bags[order] for order in orders]), rates.expand(len(orders), -1))
     return rates.tolist()
 
 
@@ -53,27 +55,29 @@ def as_multiplied(parameters, dtype):
     return parameters._replace(**rounded)
 
 
-def check_steps(step, lengths, order, relative_error, tolerance, expected_dropped):
-    rates = schedule(step, order)
-    exact = GatedParameters(*(p.detach().double().clone().requires_grad_() for p in step.parameters))
+def check_steps(step, bags, order, relative_error, tolerance, expected_dropped):
+    rates = schedule(step, bags, order)
+    parameters = step.parameters_of(0)
+    exact = GatedParameters(*(p.detach().double().clone().requires_grad_() for p in parameters))
     optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=DECAY)
     for t, (bag, rate) in enumerate(zip(order, rates, strict=True)):
         poison(step)
         step.launch()
-        n = lengths[bag]
+        start, n, label = bags[bag].tolist()
         keep = ~torch.isinf(step.scores[:, :n])
         assert (~keep).sum(dim=1).tolist() == [expected_dropped[bag]] * step.sizes.branches
-        start = int(step.bag_offsets[bag])
         x = step.features[start : start + n].double()
-        terms = loss_terms(as_multiplied(exact, step.features.dtype), x, step.labels[bag], keep)
+        terms = loss_terms(as_multiplied(exact, step.features.dtype), x, torch.tensor(label, device=x.device), keep)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
-        assert step.losses[t].tolist() == pytest.approx([term.item() for term in terms], rel=tolerance, abs=tolerance)
-        moments = (views_of(moment, step.sizes) for moment in step.moments)
+        assert step.losses[0, t].tolist() == pytest.approx(
+            [term.item() for term in terms], rel=tolerance, abs=tolerance
+        )
+        moments = (views_of(moment[0, : step.sizes.n_all], step.sizes) for moment in step.moments)
         for name, first, second, value, parameter in zip(
-            GatedParameters._fields, *moments, step.parameters, exact, strict=True
+            GatedParameters._fields, *moments, parameters, exact, strict=True
         ):
             if parameter.grad is None:
                 assert torch.equal(value.double(), parameter.detach()), name
@@ -89,40 +93,42 @@ DROPPED = [6, 0, 6, 6]
 
 
 def test_several_steps(device, relative_error):
-    step = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
-    check_steps(step, LENGTHS, [3, 0, 1, 2], relative_error, 2e-5, DROPPED)
+    step, bags = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
+    check_steps(step, bags, [3, 0, 1, 2], relative_error, 2e-5, DROPPED)
 
 
 def test_most_branches_and_several_classes(device, relative_error):
-    step = make_step(Sizes(16, 32, 16, 16, 4), [60, 3], device)
-    check_steps(step, [60, 3], [0, 1], relative_error, 2e-5, [6, 1])
+    step, bags = make_step(Sizes(16, 32, 16, 16, 4), [60, 3], device)
+    check_steps(step, bags, [0, 1], relative_error, 2e-5, [6, 1])
 
 
 def test_one_branch_without_masking(device, relative_error):
-    step = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0)
-    check_steps(step, [70, 5], [1, 0], relative_error, 2e-5, [0, 0])
+    step, bags = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0)
+    check_steps(step, bags, [1, 0], relative_error, 2e-5, [0, 0])
 
 
 @pytest.mark.parametrize("scale", [0.0, 30.0])
 def test_equal_and_large_scores(device, relative_error, scale):
-    step = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
-    step.parameters.score_weight.mul_(scale)  # all the same, or far apart: one tile has it all
-    check_steps(step, LENGTHS, [3, 0, 1], relative_error, 1e-4, DROPPED)
+    step, bags = make_step(Sizes(48, 80, 48, 5, 3), LENGTHS, device)
+    step.parameters_of(0).score_weight.mul_(scale)  # all the same, or far apart: one tile has it all
+    check_steps(step, bags, [3, 0, 1], relative_error, 1e-4, DROPPED)
 
 
 def test_half_types(device, relative_error):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter gets products of bf16 wrong
-    step = make_step(Sizes(64, 32, 32, 3, 2), [150], device, dtype=dtype)
-    check_steps(step, [150], [0], relative_error, 3e-2, [6])
-    torch.testing.assert_close(step.work, step.master.to(dtype), rtol=0, atol=0)
+    step, bags = make_step(Sizes(64, 32, 32, 3, 2), [150], device, dtype=dtype)
+    check_steps(step, bags, [0], relative_error, 3e-2, [6])
+    parameters, weights = step.parameters_of(0), step.weights_of(0)
+    torch.testing.assert_close(weights.reduction, parameters.reduction_weight.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(weights.u, parameters.u_weight.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "l"), [(10_000, 1024, 512), (65_537, 384, 128), (777, 1536, 768)])
 def test_full_size(relative_error, n, d, l, dtype):  # noqa: E741
-    step = make_step(Sizes(d, l, 128, 5, 2), [n, 130], torch.device("cuda"), dtype=dtype)
-    check_steps(step, [n, 130], [0], relative_error, 3e-2 if dtype == torch.bfloat16 else 1e-3, [6, 6])
+    step, bags = make_step(Sizes(d, l, 128, 5, 2), [n, 130], torch.device("cuda"), dtype=dtype)
+    check_steps(step, bags, [0], relative_error, 3e-2 if dtype == torch.bfloat16 else 1e-3, [6, 6])
 
 
 @pytest.mark.gpu
@@ -130,24 +136,60 @@ def test_a_captured_graph_does_every_bag_and_capture_changes_nothing():
     lengths = [900, 1, 3000, 64]
     sizes, order = Sizes(128, 64, 64, 5, 2), [2, 0, 3, 1, 2]
     device = torch.device("cuda")
-    one, two = (make_step(sizes, lengths, device, dtype=torch.bfloat16, positions=5) for _ in range(2))
+    (one, bags), (two, _) = (make_step(sizes, lengths, device, dtype=torch.bfloat16, positions=5) for _ in range(2))
     for step in (one, two):
-        schedule(step, order)
+        schedule(step, bags, order)
     graphs = two.capture([max(lengths)])
     assert torch.equal(one.master, two.master)
     for _ in order:
         one.launch()
         graphs[0].replay()
     assert torch.equal(one.master, two.master)
-    assert torch.equal(one.losses[:5], two.losses[:5])
-    assert torch.isfinite(two.losses[:5]).all()
+    assert torch.equal(one.losses[:, :5], two.losses[:, :5])
+    assert torch.isfinite(two.losses[:, :5]).all()
+
+
+BITS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, in the interpreter, of NaN
+@pytest.mark.parametrize("dtype", BITS)
+def test_models_together_give_the_bits_of_each_alone(device, dtype):
+    """Bags of very different sizes, a model that has none at two steps, and one that has become NaN."""
+    lengths = [100, 1, 37, 900, 450]
+    sizes, orders = Sizes(48, 80, 48, 5, 3), [[3, 0, 1, 4], [2, 2, 3, 1], [4, 3, 0, 2], [1, 0, 2, 3]]
+    seeds = (7, 8, 9, 10)
+    together, bags = make_step(sizes, lengths, device, dtype=dtype, seeds=seeds)
+    idle = torch.cat([bags, torch.zeros_like(bags[:1])])
+    orders[1] = [2, 5, 3, 5]
+    together.parameters_of(3).branch_head_weight.fill_(float("nan"))
+    together.below[3].fill_(float("nan"))
+    schedule(together, idle, *orders)
+    poison(together)
+    for _ in range(4):
+        together.launch()
+    for model, (seed, order) in enumerate(zip(seeds[:3], orders, strict=False)):
+        alone, _ = make_step(sizes, lengths, device, dtype=dtype, seeds=(seed,))
+        rates = torch.linspace(RATE, RATE / 2, 4, dtype=torch.float64, device=device)
+        has_bag = [place for place, bag in enumerate(order) if bag < 5]
+        alone.schedule(bags[[order[place] for place in has_bag]][None], rates[has_bag][None])
+        for place in has_bag:
+            alone.launch(lengths[order[place]])  # as a graph for bags of this size would
+        assert torch.equal(together.losses[model, has_bag], alone.losses[0, : len(has_bag)])
+        assert torch.isfinite(alone.losses[0, : len(has_bag)]).all()
+        parameters = zip(GatedParameters._fields, together.parameters_of(model), alone.parameters_of(0), strict=True)
+        assert [name for name, one, other in parameters if not torch.equal(one, other)] == [], model
+        assert torch.equal(together.moments[:, model], alone.moments[:, 0])
+        assert together.cursor[model, 5] == len(has_bag)  # masks drawn
+    assert torch.isnan(together.losses[3, 0, 0])
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_other_masks(device):
     masters = []
     for seed in (7, 7, 8):
-        step = make_step(Sizes(16, 16, 16, 2, 2), [60], device, seed=seed)
-        schedule(step, [0])
+        step, bags = make_step(Sizes(16, 16, 16, 2, 2), [60], device)
+        step.seeds.fill_(seed)
+        schedule(step, bags, [0])
         step.launch()
         masters.append(step.master)
     assert torch.equal(masters[0], masters[1])
@@ -155,8 +197,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_other_masks(device):
 
 
 def test_masks_of_one_bag_differ_from_step_to_step(device):
-    step = make_step(Sizes(16, 16, 16, 2, 2), [60], device, positions=3)
-    schedule(step, [0, 0, 0])
+    step, bags = make_step(Sizes(16, 16, 16, 2, 2), [60], device, positions=3)
+    schedule(step, bags, [0, 0, 0])
     step.rates.zero_()  # the parameters stay: only the draw changes
     masks = []
     for _ in range(3):
@@ -168,9 +210,11 @@ def test_masks_of_one_bag_differ_from_step_to_step(device):
 
 def test_what_is_refused(device):
     sizes = Sizes(16, 16, 16, 2, 2)
-    step = make_step(sizes, [60], device)
-    with pytest.raises(ValueError, match="1 to 1 steps, got 2 and 2"):
-        schedule(step, [0, 0])
+    step, bags = make_step(sizes, [60], device)
+    with pytest.raises(ValueError, match=r"1 to 1 steps, got \(1, 2, 3\) and \(1, 2\)"):
+        schedule(step, bags, [0, 0])
+    with pytest.raises(ValueError, match="models must be 1 to 32, with a seed each, got 33 and 33 seeds"):
+        make_step(sizes, [60], device, seeds=tuple(range(33)))
     wrong = make_parameters(sizes)._replace(v_bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"v_bias must have shape \(16,\), got \(3,\)"):
         sizes_of(wrong)

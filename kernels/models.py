@@ -1,0 +1,45 @@
+"""Device functions for launches that serve several models at once, each with a bag and parameters of its own.
+
+The rows of all models lie in one matrix, those of model m from row `m * model_rows` on. How many of them are used is on
+the device, `stride` numbers from one model to the next.
+"""
+# ruff: noqa: ANN001, ANN201, RET505
+
+import triton
+import triton.language as tl
+
+from acmil.kernels.slots import used_rows
+
+MOST_MODELS: tl.constexpr = tl.constexpr(32)  # of one launch
+
+
+@triton.jit
+def block_ends(
+    offsets_ptr, n_rows, n_bags, stride, MODELS: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Blocks of rows that are used, of each model and those before it, (MOST_MODELS,); of a single one, a number."""
+    if MODELS == 1:
+        return tl.cdiv(used_rows(offsets_ptr, n_rows, n_bags, PACKED), BLOCK)
+    else:
+        model = tl.arange(0, MOST_MODELS)
+        used = tl.load(offsets_ptr + model * stride + n_bags, mask=model < MODELS, other=0).to(tl.int32)
+        return tl.cumsum(tl.cdiv(used, BLOCK), axis=0)
+
+
+@triton.jit
+def count_blocks(ends, MODELS: tl.constexpr):
+    """Blocks of all models."""
+    if MODELS == 1:
+        return ends
+    else:
+        return tl.max(ends, axis=0)
+
+
+@triton.jit
+def find_model(block, ends, MODELS: tl.constexpr):
+    """The model that a block belongs to, and its number among that model's blocks."""
+    if MODELS == 1:
+        return tl.zeros((), tl.int32), block
+    else:
+        before = ends <= block
+        return tl.sum(before.to(tl.int32), axis=0), block - tl.max(tl.where(before, ends, 0), axis=0)
