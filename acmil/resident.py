@@ -9,7 +9,7 @@ computes in the precision of training.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,15 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from acmil.kernels.branch_pool.fused import branch_pool_op
-from acmil.kernels.gated_scores.launches import Rows, choose_tiles, launch_gate, launch_reduce
-from acmil.kernels.top_k_masking.fused import top_k_mask_op
 from acmil.kernels.training_step import GatedParameters
 from acmil.kernels.training_step.fused import TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
+from acmil.kernels.training_step.validation import ROWS_AT_ONCE, ValidationPass
 from acmil.precision import Precision
 from acmil.selection import EpochRecord, Selection
 from acmil.training import (
@@ -56,7 +53,6 @@ _GROUP = 13  # runs whose steps are taken together; 25 are two groups
 _READERS = 8  # threads that read feature files
 _GROWTH = 1.25  # a graph serves bags that differ by at most this factor
 _LEAST_ROWS = 128
-_VAL_ROWS = 65_536  # instances of validation bags that are pooled at once
 
 
 def fit_resident(
@@ -103,6 +99,9 @@ def fit_resident(
             finish(number, error)
     if named:
         scratch = sum(_scratch_bytes(jobs[number], sets, dtype) for number, sets in named.items())
+        scratch += (
+            ROWS_AT_ONCE * dtype.itemsize * max(jobs[number].model.options["hidden_features"] for number in named)
+        )
         slides = [slide for sets in named.values() for slide in (*sets.val, *sets.train)]
         store = _Store(slides, dtype, device, feature_bytes, scratch, len(named))
         try:
@@ -281,11 +280,9 @@ class _Lane:
         self.on_gpu = store.device.type == "cuda"
         self._first_row, self._slots = first_row, slots
         self._slot = 0
-        self.hidden = torch.empty(0, device=store.device)
         if self.on_gpu:
             self.stream, self._copies = torch.cuda.Stream(store.device), torch.cuda.Stream(store.device)
             self._free: list[torch.cuda.Event | None] = [None] * slots
-            self.pool = torch.cuda.graph_pool_handle()
 
     def current(self) -> Any:
         """The context in which work is queued on this lane."""
@@ -323,12 +320,6 @@ class _Lane:
         self.stream.wait_stream(self._copies)
         yield start
         self._free[slot] = self.stream.record_event()
-
-    def room_for(self, n_rows: int, n_hidden: int) -> Tensor:
-        """(n_rows, L) for H of validation, shared by the runs of a group."""
-        if self.hidden.numel() < n_rows * n_hidden:
-            self.hidden = torch.empty(n_rows * n_hidden, dtype=self.store.features.dtype, device=self.store.device)
-        return self.hidden[: n_rows * n_hidden].view(n_rows, n_hidden)
 
 
 class _Snapshot(NamedTuple):
@@ -384,10 +375,9 @@ class _Run:
         options = self.job.model.options
         return (*sizes_of(self.parameters), options["mask_top_k"], options["mask_ratio"], self.job.weight_decay)
 
-    def join(self, step: TrainingStep, place: int, lane: _Lane) -> None:
+    def join(self, step: TrainingStep, validation: ValidationPass, place: int, lane: _Lane) -> None:
         """Take a place in the steps of a group."""
-        self.step, self.place, self.lane = step, place, lane
-        self.validation = _Validation(step, place, self.val, lane)
+        self.step, self.validation, self.place, self.lane = step, validation, place, lane
         if self.job.state is not None:
             for name, tensor in self._optimizer_state().items():
                 tensor.copy_(self.job.state["optimizer"][name])
@@ -410,8 +400,7 @@ class _Run:
         return _Epoch(number, order, [self.train[index] for index in order], rates)
 
     def end_epoch(self, epoch: _Epoch) -> None:
-        """Queue validation and copies of what the epoch leaves behind its last step."""
-        self.validation.forward()
+        """Queue copies of what the epoch leaves."""
         self.pending.append(self._snapshot(epoch.number, epoch.order, epoch.rates[-1]))
 
     def collect(self) -> None:
@@ -474,10 +463,8 @@ class _Run:
 
     def _snapshot(self, epoch: int, order: list[int], rate: float) -> _Snapshot:
         """Copies, queued behind the epoch; the host may read its own once `ready` has come."""
-        losses, logits, spread = (
-            _to_host(tensor)
-            for tensor in (self.step.losses[self.place, : len(order)], self.validation.logits, self.validation.spread)
-        )
+        results = (of_all[: len(self.val)] for of_all in self.validation.results_of(self.place))
+        losses, logits, spread = map(_to_host, (self.step.losses[self.place, : len(order)], *results))
         optimizer = {} if self.job.checkpoint is None else self._optimizer_state()
         return _Snapshot(
             epoch, order, self.order_generator.get_state(), rate, losses, logits, spread, self._master().clone(),
@@ -519,17 +506,24 @@ class _Group:
                 weight_decay=job.weight_decay,
                 seeds=[another_seed(run.job.seed) for run in runs],
             )
+            self.validation = ValidationPass(
+                self.step,
+                longest=max(place.n_rows for run in runs for place in run.val),
+                n_bags=max(len(run.val) for run in runs),
+                n_top=N_TOP,
+                at_once=1 if store.slot_rows else None,  # the ring has room for no more
+            )
             for place, run in enumerate(runs):
-                run.join(self.step, place, lane)
+                run.join(self.step, self.validation, place, lane)
             self.sizes = dict(zip(lengths, bucket_sizes(lengths), strict=True))
             if len(runs) > 1:  # as large as the largest of their bags, at nearly every step
                 self.sizes = dict.fromkeys(lengths, max(lengths))
             sizes = sorted(set(self.sizes.values()))
             self.replay: dict[int, Callable[[], None]] = {size: partial(self.step.launch, size) for size in sizes}
+            self.validate: Callable[[], None] = self.validation.launch
             if lane.on_gpu:
                 self.replay = {n: graph.replay for n, graph in zip(sizes, self.step.capture(sizes), strict=True)}
-                for run in runs:
-                    run.validation.capture()
+                self.validate = self.validation.capture().replay
 
     def enqueue(self) -> None:
         """Queue the next epoch's training and validation of the runs that have one."""
@@ -541,7 +535,16 @@ class _Group:
             {place: epoch.bags[number] for place, epoch in epochs.items() if number < len(epoch.bags)}
             for number in range(n_steps)
         ]
-        starts = iter(self.lane.starts_of([bag for step in steps for bag in step.values()]))
+        at_once, n_passes = self.validation.at_once, self.validation.positions
+        passes = [
+            {
+                place * at_once + number: bag
+                for place in epochs
+                for number, bag in enumerate(self.runs[place].val[first : first + at_once])
+            }
+            for first in range(0, n_passes * at_once, at_once)
+        ]
+        starts = iter(self.lane.starts_of([bag for bags in (*steps, *passes) for bag in bags.values()]))
         bags = np.zeros((len(self.runs), n_steps, 3), np.int64)
         for number, step in enumerate(steps):
             for place, bag in step.items():
@@ -550,99 +553,35 @@ class _Group:
         rates = np.zeros((len(self.runs), n_steps))
         for place, epoch in epochs.items():
             rates[place, : len(epoch.rates)] = epoch.rates
+        val_bags = np.zeros((len(self.runs), n_passes, at_once, 3), np.int64)
+        for number, one in enumerate(passes):
+            for seat, bag in one.items():
+                val_bags[seat // at_once, number, seat % at_once] = next(starts), bag.n_rows, 0
         with self.lane.current(), torch.no_grad():
             self.step.schedule(self._sent(bags), self._sent(rates))
             for step in steps:
-                with ExitStack() as in_use:
-                    for bag in step.values():
-                        if bag.start is None:
-                            in_use.enter_context(self.lane.at(bag))
+                with self._in_place(step.values()):
                     self.replay[max(self.sizes[bag.n_rows] for bag in step.values())]()
+            self.validation.schedule(self._sent(val_bags))
+            for one in passes:
+                with self._in_place(one.values()):
+                    self.validate()
             for place, epoch in epochs.items():
                 self.runs[place].end_epoch(epoch)
+
+    @contextmanager
+    def _in_place(self, bags: Iterable[_Place]) -> Iterator[None]:
+        """Within, what is queued on the lane may read these bags."""
+        with ExitStack() as in_use:
+            for bag in bags:
+                if bag.start is None:
+                    in_use.enter_context(self.lane.at(bag))
+            yield
 
     def _sent(self, values: np.ndarray) -> Tensor:
         """Values on the device, without waiting for it."""
         tensor = torch.from_numpy(values)
         return tensor.pin_memory().to(self.lane.store.device, non_blocking=True) if self.lane.on_gpu else tensor
-
-
-class _Chunk(NamedTuple):
-    """Validation bags that are pooled at once."""
-
-    places: list[_Place]
-    first: int  # place of the first in the validation set
-    offsets: Tensor  # (B+1,)
-    rows: list[int]  # the same, on the host
-
-
-class _Validation:
-    """Logits and spread of the attention of all validation bags, by the weights of a model of a step."""
-
-    def __init__(self, step: TrainingStep, model: int, places: list[_Place], lane: _Lane) -> None:
-        self.sizes, self.lane, device = step.sizes, lane, lane.store.device
-        self.weights, self.parameters = step.weights_of(model), step.parameters_of(model)
-        lengths = [place.n_rows for place in places]
-        self._most = max(_VAL_ROWS, *lengths)
-        self._chunks = [self._chunk(places[a:b], a, device) for a, b in _cut(lengths, self._most)]
-        self._hidden = lane.room_for(max(chunk.rows[-1] for chunk in self._chunks), step.sizes.hidden)
-        self.logits = torch.empty((len(places), step.sizes.classes), device=device)
-        self.spread = torch.empty((len(places), 2), device=device)
-        n = torch.tensor(lengths, dtype=torch.float64, device=device)
-        self._scale = torch.where(n > 1, 1 / n.log(), 0.0)
-        self._even = (n == 1).double()  # one tile: attention is as even as it can be
-        self._few = n <= N_TOP  # the mask may keep one of so few, though all are the highest
-        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def forward(self) -> None:
-        """Queue the forward of all bags."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            for chunk in self._chunks:
-                self._forward(chunk)
-
-    def capture(self) -> None:
-        """Capture the forward, if all bags are on the device."""
-        if any(place.start is None for chunk in self._chunks for place in chunk.places):
-            return
-        for chunk in self._chunks:
-            self._forward(chunk)
-        torch.cuda.current_stream().synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=self.lane.pool, stream=self.lane.stream):
-            for chunk in self._chunks:
-                self._forward(chunk)
-
-    def _forward(self, chunk: _Chunk) -> None:
-        weights, sizes, store = self.weights, self.sizes, self.lane.store
-        n_rows = chunk.rows[-1]
-        hidden = self._hidden[:n_rows]
-        for place, row in zip(chunk.places, chunk.rows, strict=False):
-            tiles = choose_tiles(place.n_rows, sizes.hidden, sizes.gate, hidden.dtype, hidden.device)
-            with self.lane.at(place) as start:
-                features = store.features[start : start + place.n_rows]
-                target = hidden[row : row + place.n_rows]
-                launch_reduce(features, weights.reduction, target, Rows(place.n_rows), tiles.reduce)
-        scores = torch.empty((sizes.branches, n_rows), device=hidden.device)
-        tiles = choose_tiles(n_rows, sizes.hidden, sizes.gate, hidden.dtype, hidden.device)
-        launch_gate(hidden, weights, scores, None, Rows(n_rows), tiles.gate)
-        pooled, attention, _ = branch_pool_op(hidden, scores, chunk.offsets, None)
-        of = slice(chunk.first, chunk.first + len(chunk.places))
-        bag_head = self.parameters.bag_head_weight, self.parameters.bag_head_bias
-        self.logits[of] = F.linear(pooled.mean(dim=1), *bag_head)
-        mean = attention.mean(dim=0)  # (ΣN,)
-        top = ~top_k_mask_op(mean[None], self._seed, N_TOP, 1.0, chunk.offsets)[0]  # all of the ten highest
-        parts = torch.stack([torch.special.entr(mean), mean.where(top, 0.0)]).double()
-        totals = F.pad(parts.cumsum(dim=1), (1, 0))[:, chunk.offsets].diff(dim=1)  # (2, B)
-        self.spread[of, 0] = (totals[0] * self._scale[of] + self._even[of]).float()
-        self.spread[of, 1] = torch.where(self._few[of], 1.0, totals[1]).float()
-
-    @staticmethod
-    def _chunk(places: list[_Place], first: int, device: torch.device) -> _Chunk:
-        rows = np.cumsum([0, *(place.n_rows for place in places)]).tolist()
-        return _Chunk(places, first, torch.tensor(rows, device=device), rows)
 
 
 def bucket_sizes(lengths: Sequence[int]) -> list[int]:
@@ -657,17 +596,6 @@ def bucket_sizes(lengths: Sequence[int]) -> list[int]:
     for bucket, n in zip(buckets, lengths, strict=True):
         most[bucket] = max(n, most.get(bucket, 0))
     return [most[bucket] for bucket in buckets]
-
-
-def _cut(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbours that together have at most `most` rows."""
-    first, rows = 0, 0
-    for number, n in enumerate(lengths):
-        if rows + n > most:
-            yield first, number
-            first, rows = number, 0
-        rows += n
-    yield first, len(lengths)
 
 
 def _read(slides: list[_Slide]) -> Iterator[tuple[_Slide, Tensor]]:
@@ -689,7 +617,7 @@ def _scratch_bytes(job: "TrainingJob", sets: _Sets, dtype: torch.dtype) -> int:
     longest = max(slide.n_rows for part in sets for slide in part)
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
     rows = (3 * hidden + 4 * gate + 32) * dtype.itemsize + 8 * (branches + 1) * options["n_classes"] + 8 * branches
-    return max(longest, _VAL_ROWS) * rows + 256 * 2**20
+    return longest * rows + 128 * 2**20
 
 
 def _free_bytes(device: torch.device) -> int:

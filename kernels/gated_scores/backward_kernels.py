@@ -6,6 +6,7 @@ import triton.language as tl
 
 from acmil.kernels.models import block_ends, count_blocks, find_model
 from acmil.kernels.products import dot_of_pairs, sigmoid, tanh, wait_for_previous
+from acmil.kernels.signs import sign_words, unpack_signs
 from acmil.kernels.slots import hold_within, used_rows
 
 
@@ -101,24 +102,24 @@ def gate_backward_kernel(
         at = row[:, None] * (2 * A) + gate[None, :]
         of_v = tl.load(gate_block_ptr + at, mask=fits, other=0.0)
         of_u = tl.load(gate_block_ptr + A + at, mask=fits, other=0.0)
-        scores_at = branch.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+        scores_at = branch[None, :] * score_stride + row[:, None]
         if POOL:
             maximum = tl.load(maxima_ptr + branch, mask=branch_fits, other=0.0)
             inverse = tl.load(inverses_ptr + branch, mask=branch_fits, other=0.0)
-            scores = tl.load(scores_ptr + scores_at, mask=scores_fit, other=float("-inf"))
+            scores = tl.load(scores_ptr + first + scores_at, mask=scores_fit, other=float("-inf"))
             attention = tl.exp(scores - maximum[None, :]) * inverse[None, :]  # exactly 0 where masked
             d_projected = dot_of_pairs(attention, d_attended, tl.zeros((BN, BQ), tl.float32), PRECISION)
             d_projected_at = row[:, None] * G + 2 * A + projection[None, :]
             tl.store(d_gate_block_ptr + d_projected_at, d_projected.to(dtype), mask=row_fits[:, None])
-            projected_at = projection.to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+            projected_at = projection[None, :] * score_stride + row[:, None]
             projected_fit = row_fits[:, None] & (projection < (K + 1) * C)[None, :]
-            projections = tl.load(projections_ptr + projected_at, mask=projected_fit, other=0.0)
+            projections = tl.load(projections_ptr + first + projected_at, mask=projected_fit, other=0.0)
             d_scores = pool_gradient(
                 attention, projections, d_attended, d_pairs_ptr, correction_ptr, K, BN, BK, PAIRS, PRECISION
             )
             d_scores = tl.where(row_fits[:, None], d_scores, 0.0)
         else:
-            d_scores = tl.load(d_scores_ptr + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
+            d_scores = tl.load(d_scores_ptr + first + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
         low = d_scores.to(dtype)
         d_gate = tl.dot(low, w, input_precision=PRECISION)  # (BN, BA)
         of_v = tanh(of_v.to(tl.float32), FAST)
@@ -144,20 +145,22 @@ def gate_backward_kernel(
 
 @triton.jit
 def reduction_backward_kernel(
-    hidden_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows,
+    signs_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows,
     weight_rows,
     L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MODELS: tl.constexpr,
     D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0] in tiles of (BN, BL).
 
-    Gradients of projections may follow those of the gate, and the heads V and U: then they are in the product. All
-    but H and dH are descriptors for bulk copies. Rows behind the last one used, up to a whole tile, are overwritten.
+    Gradients of projections may follow those of the gate, and the heads V and U: then they are in the product. Of
+    H its signs are enough. All but these and dH are descriptors for bulk copies. Rows behind the last one used, up to a
+    whole tile, are overwritten.
     The last rows come first: they are those that L2 still holds. V, U and heads of several models begin `weight_rows`
     rows apart, with zeros behind them up to a whole block.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
+    n_words: tl.constexpr = (L + 63) // 64 * 4
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
     row = tl.arange(0, BN)
@@ -170,16 +173,17 @@ def reduction_backward_kernel(
         matrix_row = model * model_rows + first
         weight_row = model * weight_rows
         first_column = (tile % n_columns) * BL
-        column = hold_within(first_column + tl.arange(0, BL), L, BL)
-        at = tl.cast(matrix_row, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
-        hidden = tl.load(hidden_ptr + at)  # not by bulk copies: under way while the product is worked out
+        words_at, fits = sign_words(matrix_row, first_column, BN, BL, n_words)
+        words = tl.load(signs_ptr + words_at, mask=fits & (row < used - first)[:, None], other=0)
         acc = tl.zeros((BN, BL), tl.float32)
         for a in range(0, G, BD):
             weight_block = gate_weight.load([weight_row + a, first_column])
             acc = tl.dot(d_gate.load([matrix_row, a]), weight_block, acc, input_precision=PRECISION)
         if D_HIDDEN:
+            column = hold_within(first_column + tl.arange(0, BL), L, BL)
+            at = tl.cast(matrix_row, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
             acc += tl.load(d_hidden_ptr + at).to(tl.float32)
-        d_reduced.store([matrix_row, first_column], tl.where(hidden > 0, acc, 0.0).to(d_reduced.dtype))
+        d_reduced.store([matrix_row, first_column], tl.where(unpack_signs(words, BN, BL), acc, 0.0).to(d_reduced.dtype))
 
 
 @triton.jit

@@ -6,23 +6,27 @@ import triton.language as tl
 
 from acmil.kernels.models import block_ends, count_blocks, find_model
 from acmil.kernels.products import sigmoid, tanh, wait_for_previous
+from acmil.kernels.signs import pack_signs, sign_words
 from acmil.kernels.slots import used_rows
 
 
 @triton.jit
 def reduce_kernel(
-    x, w, hidden, x_first_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows,
+    x, w, hidden, signs_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, bags_a_model,
     D: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MODELS: tl.constexpr,
-    WINDOW: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    SIGNS: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """H = relu(X W1ᵀ) in tiles of (BN, BL); neighbouring programs share their rows of X, which L2 then holds.
 
     X, W1 and H are descriptors for bulk copies, which fill with zeros what lies outside a matrix. With WINDOW the rows
     begin at row `x_first_ptr[0]` of a larger X. Rows of H behind the last one used, up to a whole tile, hold other
-    rows' features. The matrices W1 of several models stand one below the other.
+    rows' features. The matrices W1 of several models stand one below the other; `bags_a_model` bags in a row are of one
+    model. With SIGNS it is written which of H are positive, 4 words for every 64 columns.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
+    n_words: tl.constexpr = (L + 63) // 64 * 4
+    used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
     x_first = tl.zeros((), tl.int32)
     if WINDOW and MODELS == 1:
@@ -36,15 +40,21 @@ def reduce_kernel(
         column = (tile % n_columns) * BL
         acc = tl.zeros((BN, BL), tl.float32)
         for d in range(0, D, BD):
-            w_block = w.load([model * L + column, d])
+            w_block = w.load([model // bags_a_model * L + column, d])
             acc = tl.dot(x.load([x_first + first, d]), w_block.T, acc, input_precision=PRECISION)
+        if SIGNS:
+            if MODELS > 1:
+                used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
+            at, fits = sign_words(model * model_rows + first, column, BN, BL, n_words)
+            fits = fits & (tl.arange(0, BN) < used - first)[:, None]
+            tl.store(signs_ptr + at, pack_signs(acc, BN, BL), mask=fits)
         hidden.store([model * model_rows + first, column], tl.maximum(acc, 0.0).to(hidden.dtype))
 
 
 @triton.jit
 def gate_kernel(
     hidden, v, v_bias_ptr, u, u_bias_ptr, w_ptr, b_ptr, heads, scores_ptr, gate_ptr, projections_ptr, offsets_ptr,
-    n_rows, n_bags, stride, model_rows, weight_rows, parameters, score_stride,
+    n_rows, n_bags, stride, model_rows, bags_a_model, weight_rows, parameters, score_stride,
     L: tl.constexpr, A: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
     BA: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, MODELS: tl.constexpr, SAVE_GATE: tl.constexpr,
     HEADS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
@@ -56,7 +66,7 @@ def gate_kernel(
     rows of weights too, H Wᵀ, written as (Q, N). The last rows come first: they are those that L2 still holds.
 
     V, U and heads of several models begin `weight_rows` rows apart, biases and w `parameters` numbers; what lies behind
-    V or U is multiplied too, and left out.
+    V or U is multiplied too, and left out. `bags_a_model` bags in a row are of one model.
     """
     wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
@@ -73,7 +83,7 @@ def gate_kernel(
         model, block = find_model(n_blocks - 1 - number, ends, MODELS)
         if MODELS > 1:
             used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
-        at_parameters = model * parameters
+        at_parameters = model // bags_a_model * parameters
         v_bias = tl.load(v_bias_ptr + at_parameters + gate, mask=gate_fits, other=0.0).to(tl.float32)
         u_bias = tl.load(u_bias_ptr + at_parameters + gate, mask=gate_fits, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + at_parameters + branch, mask=branch_fits, other=0.0).to(tl.float32)
@@ -81,7 +91,7 @@ def gate_kernel(
         first = block * BN
         row_fits = row < used - first
         matrix_row = model * model_rows + first
-        of_v = model * weight_rows
+        of_v = model // bags_a_model * weight_rows
         v_acc = tl.zeros((BN, BA), tl.float32)
         u_acc = tl.zeros((BN, BA), tl.float32)
         q_acc = tl.zeros((BN, BQ), tl.float32)
@@ -92,8 +102,9 @@ def gate_kernel(
             if HEADS:
                 q_acc = tl.dot(hidden_block, heads.load([of_v, l]).T, q_acc, input_precision=PRECISION)
         if HEADS:
-            at = (model * Q + projection).to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
-            tl.store(projections_ptr + at, q_acc, mask=row_fits[:, None] & (projection < Q)[None, :])
+            of_bag_ptr = projections_ptr + tl.cast(model * Q, tl.int64) * score_stride + first
+            at = projection[None, :] * score_stride + row[:, None]
+            tl.store(of_bag_ptr + at, q_acc, mask=row_fits[:, None] & (projection < Q)[None, :])
         v_acc += v_bias[None, :]
         u_acc += u_bias[None, :]
         if SAVE_GATE:
@@ -104,5 +115,6 @@ def gate_kernel(
         product = tanh(v_acc, FAST) * sigmoid(u_acc, FAST)
         half = product.to(hidden.dtype)
         scores = tl.dot(half, w.to(hidden.dtype), input_precision=PRECISION) + b[None, :]  # (BN, BK)
-        at = (model * K + branch).to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
-        tl.store(scores_ptr + at, scores, mask=row_fits[:, None] & branch_fits[None, :])
+        of_bag_ptr = scores_ptr + tl.cast(model * K, tl.int64) * score_stride + first
+        at = branch[None, :] * score_stride + row[:, None]
+        tl.store(of_bag_ptr + at, scores, mask=row_fits[:, None] & branch_fits[None, :])

@@ -17,6 +17,7 @@ from acmil.kernels.gated_scores.launches import (
     launch_reduce,
     launch_reduction_backward,
     launch_weight_gradient,
+    new_signs,
 )
 from acmil.kernels.launch import ceil_div, chained, check_operands, power_of_2_at_least
 
@@ -27,7 +28,7 @@ def gated_attention_scores(features: Tensor, *weights: Tensor) -> tuple[Tensor, 
     """The reference's function by the fused kernels."""
     check_operands(features, **dict(zip(_WEIGHT_NAMES, weights, strict=True)))
     save_gate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights))
-    hidden, scores, _ = gated_scores_op(features, *weights, save_gate)
+    hidden, scores, _, _ = gated_scores_op(features, *weights, save_gate)
     return hidden, scores
 
 
@@ -42,32 +43,36 @@ def gated_scores_op(
     w: Tensor,
     b: Tensor,
     save_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """H (ΣN, L), S (K, ΣN) float32, and the arguments of the gate (ΣN, 2A), or (0, 2A) where no backward is to come."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H (ΣN, L), S (K, ΣN) float32, and the arguments of the gate (ΣN, 2A) and the signs of H.
+
+    The last two are empty where no backward is to come.
+    """
     features = features.contiguous()
     weights = Weights(*(tensor.contiguous() for tensor in (w1, v, v_bias, u, u_bias, w, b)))
-    hidden, scores, gate = _empty_outputs(features, w1, w, save_gate)
+    hidden, scores, gate, signs = _empty_outputs(features, w1, w, save_gate)
     rows = Rows(features.shape[0])
     tiles = choose_tiles(rows.n_rows, w1.shape[0], w.shape[1], features.dtype, features.device)
-    launch_reduce(features, weights.reduction, hidden, rows, tiles.reduce)
+    launch_reduce(features, weights.reduction, hidden, signs if save_gate else None, rows, tiles.reduce)
     launch_gate(hidden, weights, scores, gate if save_gate else None, rows, tiles.gate)
-    return hidden, scores, gate
+    return hidden, scores, gate, signs
 
 
 @gated_scores_op.register_fake
 def _(
     features: Tensor, w1: Tensor, v: Tensor, v_bias: Tensor, u: Tensor, u_bias: Tensor, w: Tensor, b: Tensor,
     save_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_outputs(features, w1, w, save_gate)
 
 
-def _empty_outputs(features: Tensor, w1: Tensor, w: Tensor, save_gate: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(features: Tensor, w1: Tensor, w: Tensor, save_gate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_rows, (n_branches, n_gate) = features.shape[0], w.shape
     return (
         features.new_empty(n_rows, w1.shape[0]),
         features.new_empty(n_branches, n_rows, dtype=torch.float32),
         features.new_empty(n_rows if save_gate else 0, 2 * n_gate),
+        new_signs(n_rows if save_gate else 0, w1.shape[0], features.device),
     )
 
 
@@ -78,6 +83,7 @@ def gated_scores_backward_op(
     features: Tensor,
     hidden: Tensor,
     gate: Tensor,
+    signs: Tensor,
     w1: Tensor,
     v: Tensor,
     v_bias: Tensor,
@@ -100,7 +106,7 @@ def gated_scores_backward_op(
     small = torch.empty((n_programs, n_small), dtype=torch.float32, device=device)
     launch_gate_backward(gate, weights, d_gate, small, rows, tiles.gate_backward, d_scores=d_scores.contiguous())
     launch_reduction_backward(
-        hidden, d_gate, torch.cat((weights.v, weights.u)), d_reduced, rows, tiles.reduction_backward,
+        signs, d_gate, torch.cat((weights.v, weights.u)), d_reduced, rows, tiles.reduction_backward,
         d_hidden=None if d_hidden is None else d_hidden.contiguous(),
     )  # fmt: skip
     shares = choose_shares(n_features, n_hidden, n_gate, features.dtype, device)
@@ -120,27 +126,27 @@ def gated_scores_backward_op(
 
 @gated_scores_backward_op.register_fake
 def _(
-    d_hidden: Tensor | None, d_scores: Tensor | None, features: Tensor, hidden: Tensor, gate: Tensor, w1: Tensor,
-    v: Tensor, v_bias: Tensor, u: Tensor, u_bias: Tensor, w: Tensor, b: Tensor,
+    d_hidden: Tensor | None, d_scores: Tensor | None, features: Tensor, hidden: Tensor, gate: Tensor, signs: Tensor,
+    w1: Tensor, v: Tensor, v_bias: Tensor, u: Tensor, u_bias: Tensor, w: Tensor, b: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n_weights = sum(tensor.numel() for tensor in (w1, v, v_bias, u, u_bias, w, b))
     return features.new_empty(n_weights, dtype=torch.float32), torch.empty_like(hidden)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     features, w1, v, v_bias, u, u_bias, w, b, _ = inputs
-    hidden, _, gate = output
-    ctx.mark_non_differentiable(gate)
-    ctx.save_for_backward(features, hidden, gate, w1, v, v_bias, u, u_bias, w, b)
+    hidden, _, gate, signs = output
+    ctx.mark_non_differentiable(gate, signs)
+    ctx.save_for_backward(features, hidden, gate, signs, w1, v, v_bias, u, u_bias, w, b)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, d_hidden: Tensor | None, d_scores: Tensor | None, _: Tensor | None
+    ctx: Any, d_hidden: Tensor | None, d_scores: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    features, hidden, gate, w1, v, v_bias, u, u_bias, w, b = ctx.saved_tensors
+    features, hidden, gate, signs, w1, v, v_bias, u, u_bias, w, b = ctx.saved_tensors
     flat, d_reduced = gated_scores_backward_op(
-        d_hidden, d_scores, features, hidden, gate, w1, v, v_bias, u, u_bias, w, b
+        d_hidden, d_scores, features, hidden, gate, signs, w1, v, v_bias, u, u_bias, w, b
     )
     d_features = d_reduced @ w1 if ctx.needs_input_grad[0] else None
     weights = (w1, v, u, v_bias, u_bias, w, b)  # both matrices of the gate stand together: one product makes them

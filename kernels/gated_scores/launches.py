@@ -46,9 +46,10 @@ class Rows(NamedTuple):
         n_rows: Most rows of a bag.
         offsets: (2,) int64 on the device: the last entry is how many of the rows are used. None: all.
         x_first: (1,) int64 on the device, the row of X where the bag begins. None: 0.
-        models: How many models have a bag each; at most `MOST_MODELS`.
+        models: How many bags of as many models there are; at most `MOST_MODELS`.
         stride: Numbers from a model's offsets, and its first row of X, to the next one's.
         model_rows: Rows of the buffers from a model's to the next one's, whole tiles.
+        bags_a_model: Forward, so many bags in a row may be of one model.
     """
 
     n_rows: int
@@ -57,6 +58,7 @@ class Rows(NamedTuple):
     models: int = 1
     stride: int = 0
     model_rows: int = 0
+    bags_a_model: int = 1
 
 
 class Parts(NamedTuple):
@@ -130,12 +132,11 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
     """Block sizes for a size of bag."""
     processors, whole_gate = n_processors(device), power_of_2_at_least(n_gate)
     if dtype == torch.float32:
-        narrow = min(64, power_of_2_at_least(n_hidden))
         return Tiles(
-            reduce=Tile(64, narrow, 32, 4, 3, 2),
+            reduce=Tile(64, 64, 32, 4, 3, 2),
             gate=Tile(16, whole_gate, 32, 8, 2, 2),
             gate_backward=Tile(16 if n_gate > 128 else 32, whole_gate, 32, 8, 2, 1),
-            reduction_backward=Tile(64, narrow, 32, 4, 3, 2),
+            reduction_backward=Tile(64, 64, 32, 4, 3, 2),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
     long = n_rows >= _long_bag(device)
@@ -202,10 +203,18 @@ def _options(tensor: Tensor, tile: Tile, *, fast: bool = False) -> dict[str, obj
     return {**options, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def launch_reduce(features: Tensor, weight: Tensor, hidden: Tensor, rows: Rows, tile: Tile) -> None:
-    """Write H = relu(X W1ᵀ); rows of `hidden` behind the last one used may be overwritten, up to a whole tile.
+def new_signs(n_rows: int, n_hidden: int, device: torch.device) -> Tensor:
+    """Room for the signs of H (N, L): whole words, 4 for every 64 columns."""
+    return torch.empty((n_rows, ceil_div(n_hidden, 64) * 4), dtype=torch.int16, device=device)
 
-    The weights of several models, (L, D) each, stand one below the other.
+
+def launch_reduce(
+    features: Tensor, weight: Tensor, hidden: Tensor, signs: Tensor | None, rows: Rows, tile: Tile
+) -> None:
+    """Write H = relu(X W1ᵀ) and, where there is a place for them, its signs.
+
+    Rows of `hidden` behind the last one used may be overwritten, up to a whole tile. The weights of several models,
+    (L, D) each, stand one below the other.
     """
     n_hidden, n_features = hidden.shape[1], features.shape[1]
     n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
@@ -213,9 +222,10 @@ def launch_reduce(features: Tensor, weight: Tensor, hidden: Tensor, rows: Rows, 
         TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns]),
-        rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows,
+        signs, rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, rows.bags_a_model,
         D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
-        WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
+        SIGNS=signs is not None, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
+        **_options(hidden, tile),
     )  # fmt: skip
 
 
@@ -246,8 +256,8 @@ def launch_gate(
         TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,
         TensorDescriptor.from_tensor(weights.u, block), weights.u_bias, weights.score, weights.score_bias,
         None if heads is None else TensorDescriptor.from_tensor(heads, [lines, tile.depth]),
-        scores, gate, projections, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, *parts,
-        scores.stride(0),
+        scores, gate, projections, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, rows.bags_a_model,
+        *parts, scores.stride(0),
         L=hidden.shape[1], A=n_gate, K=n_branches, Q=n_lines, BN=tile.rows, BL=tile.depth, BA=tile.columns,
         BK=BRANCH_BLOCK, BQ=lines, MODELS=rows.models, SAVE_GATE=gate is not None, HEADS=heads is not None,
         PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
@@ -291,7 +301,7 @@ def launch_gate_backward(
 
 
 def launch_reduction_backward(
-    hidden: Tensor,
+    signs: Tensor,
     d_gate: Tensor,
     gate_weight: Tensor,
     d_reduced: Tensor,
@@ -301,21 +311,21 @@ def launch_reduction_backward(
     d_hidden: Tensor | None = None,
     parts: Parts = ONE_MODEL,
 ) -> None:
-    """Write d(X W1ᵀ) (ΣN, L) from the gradients of the gate's arguments, and of H or of projections of it.
+    """Write d(X W1ᵀ) (ΣN, L) from the signs of H and the gradients of the gate's arguments, and of H or projections.
 
     `gate_weight` is `[V; U]`, (2A, L), or with the heads behind it. Rows of `d_reduced` behind the last one used may be
     overwritten.
     """
-    n_hidden = hidden.shape[1]
+    n_hidden = d_reduced.shape[1]
     n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
-    reduction_backward_kernel[_grid(n_tiles, tile, hidden.device)](
-        hidden,
+    reduction_backward_kernel[_grid(n_tiles, tile, d_gate.device)](
+        signs,
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
         TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
         d_hidden, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.weight_rows,
         L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
-        D_HIDDEN=d_hidden is not None, PACKED=rows.offsets is not None, **_options(hidden, tile),
+        D_HIDDEN=d_hidden is not None, PACKED=rows.offsets is not None, **_options(d_gate, tile),
     )  # fmt: skip
 
 

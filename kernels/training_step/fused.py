@@ -11,6 +11,7 @@ from acmil.kernels.gated_scores.launches import (
     Parts,
     PoolGradients,
     Rows,
+    Tile,
     Tiles,
     Weights,
     choose_shares,
@@ -21,6 +22,7 @@ from acmil.kernels.gated_scores.launches import (
     launch_reduce,
     launch_reduction_backward,
     launch_weight_gradient,
+    new_signs,
 )
 from acmil.kernels.launch import ceil_div, chained, n_processors, power_of_2_at_least
 from acmil.kernels.models import MOST_MODELS
@@ -32,11 +34,11 @@ from acmil.kernels.training_step.update_kernel import update_kernel
 LOSS_TERMS = ("total", "bag", "branch", "diversity")
 
 _UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 256
-_MOST_SLOTS = 160  # whose sums make up those of a bag
-_SUMS_AT_ONCE = 4096
-_LARGEST_TILE = 128  # rows
+_MOST_SLOTS = 320  # whose sums make up those of a bag
+_SUMS_AT_ONCE = 2048
+LARGEST_TILE = 128  # rows
 _DEEPEST_TILE = 64
-_CURSOR = 6  # position, first row, 0, length, label, step number
+CURSOR = 6  # position, first row, 0, length, label, step number
 
 
 class Bag(NamedTuple):
@@ -114,7 +116,7 @@ class TrainingStep:
         self._place_matrices(features.dtype)
         self.head_bias = self.master[:, sizes.n_all - sizes.n_logits :]
         self.positions = positions
-        self.cursor = torch.zeros((self.n_models, _CURSOR), dtype=torch.int64, device=device)
+        self.cursor = torch.zeros((self.n_models, CURSOR), dtype=torch.int64, device=device)
         self.bags = torch.zeros((self.n_models, positions, len(Bag._fields)), dtype=torch.int64, device=device)
         self.rates = torch.zeros((self.n_models, positions + 1), dtype=torch.float64, device=device)
         self.losses = torch.zeros((self.n_models, positions + 1, len(LOSS_TERMS)), device=device)
@@ -156,9 +158,10 @@ class TrainingStep:
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Scratch for the longest bag, a model."""
-        s, m, n_rows = self.sizes, self.n_models, ceil_div(self.longest, _LARGEST_TILE) * _LARGEST_TILE
+        s, m, n_rows = self.sizes, self.n_models, ceil_div(self.longest, LARGEST_TILE) * LARGEST_TILE
         self.model_rows = n_rows
         self.hidden = torch.empty((m * n_rows, s.hidden), dtype=dtype, device=device)
+        self.signs = new_signs(m * n_rows, s.hidden, device)
         self.d_reduced = torch.empty_like(self.hidden)
         self.gate = torch.empty((m * n_rows, 2 * s.gate), dtype=dtype, device=device)
         columns = 2 * s.gate + power_of_2_at_least(s.n_logits)
@@ -212,22 +215,19 @@ class TrainingStep:
         """
         n_rows = self.longest if n_rows is None else n_rows
         s, m = self.sizes, self.n_models
-        rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, _CURSOR, self.model_rows)
+        rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, CURSOR, self.model_rows)
         device = self.features.device
         if tiles is None:
             tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device)
         row_programs = gate_backward_programs(n_rows, tiles.gate_backward, device)
         if row_programs > self.small.shape[1]:
             raise ValueError(f"tiles.gate_backward must have at most 2 programs, got {tiles.gate_backward.programs}.")
-        scores, projections, weights = self.scores[:, :n_rows], self.projections[:, :n_rows], self.weights_of(0)
-        launch_reduce(self.features, self.reductions.flatten(0, 1), self.hidden, rows, tiles.reduce)
-        launch_gate(
-            self.hidden, weights._replace(v=self._below(0), u=self._below(s.gate)), scores, self.gate, rows, tiles.gate,
-            heads=self._below(2 * s.gate), n_lines=s.n_logits, projections=projections, parts=self.parts,
-        )  # fmt: skip
+        scores, projections = self.scores[:, :n_rows], self.projections[:, :n_rows]
+        launch_reduce(self.features, self.reductions.flatten(0, 1), self.hidden, self.signs, rows, tiles.reduce)
+        self.launch_gate(self.hidden, scores, self.gate, projections, rows, tiles.gate)
         launch_mask(
             scores, None, self.picks, self.arrived[m:], self.drop, self.seeds, self.cursor[0, 5:6], self.top_k,
-            rows.offsets, n_find=self.n_find, maxima=self.maxima, models=m, stride=_CURSOR,
+            rows.offsets, n_find=self.n_find, maxima=self.maxima, models=m, stride=CURSOR,
         )  # fmt: skip
         self._launch_losses(n_rows)
         pool = PoolGradients(
@@ -235,16 +235,27 @@ class TrainingStep:
             self.correction,
         )  # fmt: skip
         launch_gate_backward(
-            self.gate, weights, self.d_gate, self.small, rows, tiles.gate_backward, pool=pool, parts=self.parts
-        )
+            self.gate, self.weights_of(0), self.d_gate, self.small, rows, tiles.gate_backward, pool=pool,
+            parts=self.parts,
+        )  # fmt: skip
         launch_reduction_backward(
-            self.hidden, self.d_gate, self._below(0), self.d_reduced, rows, tiles.reduction_backward, parts=self.parts
+            self.signs, self.d_gate, self._below(0), self.d_reduced, rows, tiles.reduction_backward, parts=self.parts
         )
         launch_weight_gradient(
             self.features, self.hidden, self.d_reduced, self.d_gate, s.gate, self.large, rows, tiles.weight_gradient,
             self.shares, n_heads=s.n_logits,
         )  # fmt: skip
         self._launch_update(n_rows, row_programs, tiles.gate_backward.rows)
+
+    def launch_gate(
+        self, hidden: Tensor, scores: Tensor, gate: Tensor | None, projections: Tensor, rows: Rows, tile: Tile
+    ) -> None:
+        """Write scores, arguments of the gate and projections, by the models' weights."""
+        launch_gate(
+            hidden, self.weights_of(0)._replace(v=self._below(0), u=self._below(self.sizes.gate)), scores, gate, rows,
+            tile, heads=self._below(2 * self.sizes.gate), n_lines=self.sizes.n_logits, projections=projections,
+            parts=self.parts,
+        )  # fmt: skip
 
     def _below(self, row: int) -> Tensor:
         """[V; U; W] of all models one below the other, from a row of the first model's on."""
@@ -287,7 +298,7 @@ class TrainingStep:
             self.update, self.used, n_slots, self.parts.parameters, self.positions + 1, self.scores.stride(0),
             self.weight_decay,
             K=s.branches, C=s.classes, BN=block, BK=power_of_2_at_least(s.branches, least=2),
-            BX=power_of_2_at_least(self.sums.shape[3]), BS=sums, MOST=_MOST_SLOTS, num_warps=8,
+            BX=power_of_2_at_least(self.sums.shape[3]), BS=sums, AT_ONCE=4 * block, MOST=_MOST_SLOTS, num_warps=4,
             **chained(self.features.device),
         )  # fmt: skip
 

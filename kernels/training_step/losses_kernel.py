@@ -176,7 +176,7 @@ def losses_kernel(
     d_pairs_ptr, correction_ptr, cursor_ptr, losses_ptr, rates_ptr, powers_ptr, update_ptr, used_ptr,
     n_slots, parameters, positions, score_stride, weight_decay,
     K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
-    MOST: tl.constexpr, CHAINED: tl.constexpr,
+    AT_ONCE: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the scores and projections of a slot of rows; the program that comes last does the rest of the middle.
 
@@ -211,7 +211,7 @@ def losses_kernel(
             position = tl.load(cursor_ptr)
             line = model * positions + position
             total_ptr = sums_ptr + MOST * K * X
-            sum_slots(sums_ptr, total_ptr, count, K * X, BS, BN)
+            sum_slots(sums_ptr, total_ptr, count, K * X, BS, AT_ONCE)
             tl.debug_barrier()  # they are read again in another order
             losses_of_bag(
                 total_ptr, head_bias_ptr + model * parameters, tl.load(cursor_ptr + 4).to(tl.int32),

@@ -223,13 +223,13 @@ def test_engine_on_a_gpu():
     assert len(result.history) == 3
 
 
-def test_validation_agrees_with_the_model(device):
-    """Logits, entropy and top-10 mass of bags that fill several chunks."""
-    import acmil.resident as resident
+@pytest.mark.parametrize("rows_at_once", [1, 2**18])
+def test_validation_agrees_with_the_model(device, monkeypatch, rows_at_once):
+    """Logits, entropy and top-10 mass, of one bag after the other and of many together."""
+    from acmil.kernels.training_step import validation
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resident, "_VAL_ROWS", 50)
-        (result,) = train([dataclasses.replace(make_job(), learning_rate=1e-12)], device)
+    monkeypatch.setattr(validation, "ROWS_AT_ONCE", rows_at_once)
+    (result,) = train([dataclasses.replace(make_job(), learning_rate=1e-12)], device)
     expected = fit(**vars(dataclasses.replace(make_job(), learning_rate=1e-12)), device=device, score=score)
     for row, other in zip(rows(result), rows(expected), strict=True):
         names = [name for name in row if not name.startswith("train")]
