@@ -102,9 +102,8 @@ def gate_kernel(
             if HEADS:
                 q_acc = tl.dot(hidden_block, heads.load([of_v, l]).T, q_acc, input_precision=PRECISION)
         if HEADS:
-            of_bag_ptr = projections_ptr + tl.cast(model * Q, tl.int64) * score_stride + first
-            at = projection[None, :] * score_stride + row[:, None]
-            tl.store(of_bag_ptr + at, q_acc, mask=row_fits[:, None] & (projection < Q)[None, :])
+            at = (model * Q + projection).to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+            tl.store(projections_ptr + at, q_acc, mask=row_fits[:, None] & (projection < Q)[None, :])
         v_acc += v_bias[None, :]
         u_acc += u_bias[None, :]
         if SAVE_GATE:
@@ -115,6 +114,5 @@ def gate_kernel(
         product = tanh(v_acc, FAST) * sigmoid(u_acc, FAST)
         half = product.to(hidden.dtype)
         scores = tl.dot(half, w.to(hidden.dtype), input_precision=PRECISION) + b[None, :]  # (BN, BK)
-        of_bag_ptr = scores_ptr + tl.cast(model * K, tl.int64) * score_stride + first
-        at = branch[None, :] * score_stride + row[:, None]
-        tl.store(of_bag_ptr + at, scores, mask=row_fits[:, None] & branch_fits[None, :])
+        at = (model * K + branch).to(tl.int64)[None, :] * score_stride + (first + row)[:, None]
+        tl.store(scores_ptr + at, scores, mask=row_fits[:, None] & branch_fits[None, :])

@@ -183,8 +183,8 @@ def _gate_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
 
 def _reduction_backward_tile(n_rows: int, n_hidden: int, processors: int) -> Tile:
     """Tile of the backward of the reduction: the largest that leaves no processor without work."""
-    if n_rows >= 128 * processors and n_hidden >= 256:
-        return Tile(128, 256, 64, 8, 3, 1)
+    if n_hidden >= 256 and ceil_div(n_rows, 64) * ceil_div(n_hidden, 256) >= 2 * processors:
+        return Tile(64, 256, 64, 4, 2, 2)
     columns = ceil_div(n_hidden, 128)
     if ceil_div(n_rows, 128) * columns >= processors:
         return Tile(128, 128, 64, 8, 4, 1)

@@ -34,7 +34,7 @@ from acmil.kernels.training_step.update_kernel import update_kernel
 LOSS_TERMS = ("total", "bag", "branch", "diversity")
 
 _UPDATE_BLOCK, _SMALL_BLOCK, _ROW_PARTIALS = 512, 16, 256
-_MOST_SLOTS = 320  # whose sums make up those of a bag
+_MOST_SLOTS = 512  # whose sums make up those of a bag
 _SUMS_AT_ONCE = 2048
 LARGEST_TILE = 128  # rows
 _DEEPEST_TILE = 64

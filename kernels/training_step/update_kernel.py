@@ -13,14 +13,19 @@ def adamw(
     master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, at, work_at, fits, gradient,
     weight_1, weight_2, epsilon, WORK: tl.constexpr,
 ):  # fmt: skip
-    """One AdamW step of some parameters, and their working copy; the weights of the moments are 1 − β."""
+    """One AdamW step of some parameters, and their working copy; the weights of the moments are 1 − β.
+
+    Products that are added to something say so: left to the compiler, which of them are rounded changed with the sizes
+    that a launch was compiled for, and two launches gave a parameter different bits.
+    """
     parameter = tl.load(master_ptr + at, mask=fits, other=0.0)
     first = tl.load(first_moment_ptr + at, mask=fits, other=0.0)
     second = tl.load(second_moment_ptr + at, mask=fits, other=0.0)
-    first += weight_1 * (gradient - first)
-    second += weight_2 * (gradient * gradient - second)
+    first = tl.fma(gradient - first, weight_1, first)
+    second = tl.fma(tl.fma(gradient, gradient, -second), weight_2, second)
     denominator = tl.sqrt(second) / tl.load(update_ptr + 2) + epsilon
-    parameter = parameter * tl.load(update_ptr) - tl.load(update_ptr + 1) * first / denominator
+    change = tl.load(update_ptr + 1) * first / denominator
+    parameter = tl.fma(parameter, tl.load(update_ptr), -change)
     tl.store(master_ptr + at, parameter, mask=fits)
     tl.store(first_moment_ptr + at, first, mask=fits)
     tl.store(second_moment_ptr + at, second, mask=fits)
