@@ -15,31 +15,31 @@ MOST_MODELS: tl.constexpr = tl.constexpr(32)  # of one launch
 
 @triton.jit
 def block_ends(
-    offsets_ptr, n_rows, n_bags, stride, MODELS: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
+    offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
     """Blocks of rows that are used, of each model and those before it, (MOST_MODELS,); of a single one, a number."""
-    if MODELS == 1:
-        return tl.cdiv(used_rows(offsets_ptr, n_rows, n_bags, PACKED), BLOCK)
-    else:
+    if SEVERAL:
         model = tl.arange(0, MOST_MODELS)
-        used = tl.load(offsets_ptr + model * stride + n_bags, mask=model < MODELS, other=0).to(tl.int32)
+        used = tl.load(offsets_ptr + model * stride + n_bags, mask=model < n_models, other=0).to(tl.int32)
         return tl.cumsum(tl.cdiv(used, BLOCK), axis=0)
+    else:
+        return tl.cdiv(used_rows(offsets_ptr, n_rows, n_bags, PACKED), BLOCK)
 
 
 @triton.jit
-def count_blocks(ends, MODELS: tl.constexpr):
+def count_blocks(ends, SEVERAL: tl.constexpr):
     """Blocks of all models."""
-    if MODELS == 1:
-        return ends
-    else:
+    if SEVERAL:
         return tl.max(ends, axis=0)
+    else:
+        return ends
 
 
 @triton.jit
-def find_model(block, ends, MODELS: tl.constexpr):
+def find_model(block, ends, SEVERAL: tl.constexpr):
     """The model that a block belongs to, and its number among that model's blocks."""
-    if MODELS == 1:
-        return tl.zeros((), tl.int32), block
-    else:
+    if SEVERAL:
         before = ends <= block
         return tl.sum(before.to(tl.int32), axis=0), block - tl.max(tl.where(before, ends, 0), axis=0)
+    else:
+        return tl.zeros((), tl.int32), block

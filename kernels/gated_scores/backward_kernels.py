@@ -145,9 +145,9 @@ def gate_backward_kernel(
 
 @triton.jit
 def reduction_backward_kernel(
-    signs_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows,
-    weight_rows,
-    L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MODELS: tl.constexpr,
+    signs_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, n_models, stride,
+    model_rows, weight_rows,
+    L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, SEVERAL: tl.constexpr,
     D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0] in tiles of (BN, BL).
@@ -162,12 +162,12 @@ def reduction_backward_kernel(
     n_columns: tl.constexpr = (L + BL - 1) // BL
     n_words: tl.constexpr = (L + 63) // 64 * 4
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
-    ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
+    ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
     row = tl.arange(0, BN)
-    n_blocks = count_blocks(ends, MODELS)
+    n_blocks = count_blocks(ends, SEVERAL)
     for tile in range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0)):
-        model, block = find_model(n_blocks - 1 - tile // n_columns, ends, MODELS)
-        if MODELS > 1:
+        model, block = find_model(n_blocks - 1 - tile // n_columns, ends, SEVERAL)
+        if SEVERAL:
             used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
         first = block * BN
         matrix_row = model * model_rows + first

@@ -12,8 +12,9 @@ from acmil.kernels.slots import used_rows
 
 @triton.jit
 def reduce_kernel(
-    x, w, hidden, signs_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, bags_a_model,
-    D: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, MODELS: tl.constexpr,
+    x, w, hidden, signs_ptr, x_first_ptr, offsets_ptr, n_rows, n_bags, n_models, stride, model_rows,
+    bags_a_model,
+    D: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, SEVERAL: tl.constexpr,
     SIGNS: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """H = relu(X W1ᵀ) in tiles of (BN, BL); neighbouring programs share their rows of X, which L2 then holds.
@@ -27,14 +28,14 @@ def reduce_kernel(
     n_columns: tl.constexpr = (L + BL - 1) // BL
     n_words: tl.constexpr = (L + 63) // 64 * 4
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
-    ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
+    ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
     x_first = tl.zeros((), tl.int32)
-    if WINDOW and MODELS == 1:
+    if WINDOW and not SEVERAL:
         x_first = tl.load(x_first_ptr).to(tl.int32)
-    n_tiles = count_blocks(ends, MODELS) * n_columns
+    n_tiles = count_blocks(ends, SEVERAL) * n_columns
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
-        model, block = find_model(tile // n_columns, ends, MODELS)
-        if WINDOW and MODELS > 1:
+        model, block = find_model(tile // n_columns, ends, SEVERAL)
+        if WINDOW and SEVERAL:
             x_first = tl.load(x_first_ptr + model * stride).to(tl.int32)
         first = block * BN
         column = (tile % n_columns) * BL
@@ -43,7 +44,7 @@ def reduce_kernel(
             w_block = w.load([model // bags_a_model * L + column, d])
             acc = tl.dot(x.load([x_first + first, d]), w_block.T, acc, input_precision=PRECISION)
         if SIGNS:
-            if MODELS > 1:
+            if SEVERAL:
                 used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
             at, fits = sign_words(model * model_rows + first, column, BN, BL, n_words)
             fits = fits & (tl.arange(0, BN) < used - first)[:, None]
@@ -54,9 +55,9 @@ def reduce_kernel(
 @triton.jit
 def gate_kernel(
     hidden, v, v_bias_ptr, u, u_bias_ptr, w_ptr, b_ptr, heads, scores_ptr, gate_ptr, projections_ptr, offsets_ptr,
-    n_rows, n_bags, stride, model_rows, bags_a_model, weight_rows, parameters, score_stride,
+    n_rows, n_bags, n_models, stride, model_rows, bags_a_model, weight_rows, parameters, score_stride,
     L: tl.constexpr, A: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
-    BA: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, MODELS: tl.constexpr, SAVE_GATE: tl.constexpr,
+    BA: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, SEVERAL: tl.constexpr, SAVE_GATE: tl.constexpr,
     HEADS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """S = w (tanh(H Vᵀ + bV) ⊙ sigmoid(H Uᵀ + bU))ᵀ + b for blocks of BN rows.
@@ -70,7 +71,7 @@ def gate_kernel(
     """
     wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
-    ends = block_ends(offsets_ptr, n_rows, n_bags, stride, MODELS, BN, PACKED)
+    ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
     row = tl.arange(0, BN)
     gate = tl.arange(0, BA)
     branch = tl.arange(0, BK)
@@ -78,10 +79,10 @@ def gate_kernel(
     gate_fits = gate < A
     branch_fits = branch < K
     w_fits = branch_fits[None, :] & gate_fits[:, None]
-    n_blocks = count_blocks(ends, MODELS)
+    n_blocks = count_blocks(ends, SEVERAL)
     for number in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        model, block = find_model(n_blocks - 1 - number, ends, MODELS)
-        if MODELS > 1:
+        model, block = find_model(n_blocks - 1 - number, ends, SEVERAL)
+        if SEVERAL:
             used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
         at_parameters = model // bags_a_model * parameters
         v_bias = tl.load(v_bias_ptr + at_parameters + gate, mask=gate_fits, other=0.0).to(tl.float32)

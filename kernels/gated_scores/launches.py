@@ -222,8 +222,9 @@ def launch_reduce(
         TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns]),
-        signs, rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, rows.bags_a_model,
-        D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
+        signs, rows.x_first, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows,
+        rows.bags_a_model,
+        D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
         SIGNS=signs is not None, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
         **_options(hidden, tile),
     )  # fmt: skip
@@ -256,10 +257,10 @@ def launch_gate(
         TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,
         TensorDescriptor.from_tensor(weights.u, block), weights.u_bias, weights.score, weights.score_bias,
         None if heads is None else TensorDescriptor.from_tensor(heads, [lines, tile.depth]),
-        scores, gate, projections, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, rows.bags_a_model,
-        *parts, scores.stride(0),
+        scores, gate, projections, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows,
+        rows.bags_a_model, *parts, scores.stride(0),
         L=hidden.shape[1], A=n_gate, K=n_branches, Q=n_lines, BN=tile.rows, BL=tile.depth, BA=tile.columns,
-        BK=BRANCH_BLOCK, BQ=lines, MODELS=rows.models, SAVE_GATE=gate is not None, HEADS=heads is not None,
+        BK=BRANCH_BLOCK, BQ=lines, SEVERAL=rows.models > 1, SAVE_GATE=gate is not None, HEADS=heads is not None,
         PACKED=rows.offsets is not None, **_options(hidden, tile, fast=True),
     )  # fmt: skip
 
@@ -323,8 +324,8 @@ def launch_reduction_backward(
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
         TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
-        d_hidden, rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.weight_rows,
-        L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, MODELS=rows.models,
+        d_hidden, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows, parts.weight_rows,
+        L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
         D_HIDDEN=d_hidden is not None, PACKED=rows.offsets is not None, **_options(d_gate, tile),
     )  # fmt: skip
 
