@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, runs_fused_kernels
+from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, MAX_LOGITS, runs_fused_kernels
 from acmil.precision import Precision
 from acmil.training import EpochRecord, FitResult, Score, fit
 
@@ -130,4 +130,7 @@ def _why_not_resident(device: torch.device, model: str, options: Mapping[str, An
         return f"fused steps need sizes that are multiples of 16, got {', '.join(odd)}"
     if options["n_branches"] > MAX_BRANCHES or options["attention_features"] > MAX_GATE:
         return f"fused steps take at most {MAX_BRANCHES} branches and {MAX_GATE} attention features"
+    n_logits = (options["n_branches"] + 1) * options["n_classes"]
+    if n_logits > MAX_LOGITS:
+        return f"fused steps take at most {MAX_LOGITS} logits of all branches and the bag, got {n_logits}"
     return None

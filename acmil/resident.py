@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmil.kernels.models import MOST_MODELS
 from acmil.kernels.training_step import GatedParameters
 from acmil.kernels.training_step.fused import TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
@@ -81,8 +82,10 @@ def fit_resident(
         on_result: Called with the place of a run and its result, when it has ended.
 
     Raises:
-        ValueError: If feature sizes differ between jobs.
+        ValueError: If feature sizes differ between jobs, or `group` is not 1 to 32.
     """
+    if not 1 <= group <= MOST_MODELS.value:
+        raise ValueError(f"group must be 1 to {MOST_MODELS.value}, got {group}.")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     results: list[FitResult | Exception | None] = [None] * len(jobs)
 
@@ -97,61 +100,122 @@ def fit_resident(
             named[number] = _Sets.of(job)
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
-    if named:
-        scratch = sum(_scratch_bytes(jobs[number], sets, dtype) for number, sets in named.items())
-        scratch += (
-            ROWS_AT_ONCE * dtype.itemsize * max(jobs[number].model.options["hidden_features"] for number in named)
-        )
-        slides = [slide for sets in named.values() for slide in (*sets.val, *sets.train)]
-        store = _Store(slides, dtype, device, feature_bytes, scratch, len(named))
+    sizes = {slide.n_features for sets in named.values() for slide in sets.all}
+    if len(sizes) > 1:
+        raise ValueError(f"all runs must have one feature size, got {', '.join(map(str, sorted(sizes)))}.")
+
+    def groups_of(numbers: list[int]) -> list[list[int]]:
+        return _grouped({number: _kind(jobs[number]) for number in numbers}, group)
+
+    def room_of(numbers: list[int]) -> int:
+        if feature_bytes is not None:
+            return feature_bytes
+        scratch = sum(_scratch_bytes(jobs, named, members, dtype) for members in groups_of(numbers))
+        return int(_free_bytes(device) * _SHARE_OF_MEMORY) - scratch
+
+    for numbers in _in_parts(list(named), lambda part: _fit_in(part, named, dtype, room_of(part))):
         try:
-            runs: dict[int, _Run] = {}
-            for number, sets in named.items():
-                try:
-                    runs[number] = _Run(jobs[number], sets, store, score, precision)
-                except Exception as error:  # noqa: BLE001  of this run alone
+            _fit_part(
+                numbers, groups_of(numbers), jobs, named, device, dtype, room_of(numbers), score, precision, finish
+            )
+        except Exception as error:  # noqa: BLE001  of these runs: what follows may do with less
+            for number in numbers:
+                if results[number] is None:
                     finish(number, error)
-            slots = store.ring_start
-            groups = []
-            for members in _grouped(list(runs.values()), group):
-                groups.append(_Group(members, store, _Lane(store, slots, _RING * len(members))))
-                slots += _RING * len(members) * store.slot_rows
-            _train(runs, groups, finish)
-        finally:
-            store.close()
     return [result for result in results if result is not None]
 
 
-def _grouped(runs: "list[_Run]", most: int) -> "list[list[_Run]]":
+def _kind(job: "TrainingJob") -> tuple[Any, ...]:
+    """What runs must have in common for their steps to be taken together."""
+    options = job.model.options
+    names = ("in_features", "hidden_features", "attention_features", "n_branches", "n_classes")
+    return (*(options[name] for name in names), options["mask_top_k"], options["mask_ratio"], job.weight_decay)
+
+
+def _grouped(kinds: Mapping[int, tuple[Any, ...]], most: int) -> list[list[int]]:
     """Runs whose steps can be taken together: as few groups as may be, of about one size."""
-    kinds: dict[tuple[Any, ...], list[_Run]] = {}
-    for run in runs:
-        kinds.setdefault(run.kind, []).append(run)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, kind in kinds.items():
+        alike.setdefault(kind, []).append(number)
     groups = []
-    for members in kinds.values():
+    for members in alike.values():
         n_groups = math.ceil(len(members) / most)
-        groups += [members[number::n_groups] for number in range(n_groups)]
+        groups += [members[first::n_groups] for first in range(n_groups)]
     return groups
 
 
-def _train(
-    runs: "dict[int, _Run]", groups: "list[_Group]", finish: Callable[[int, FitResult | Exception], None]
+def _in_parts(numbers: list[int], fit: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Runs that train together, in few parts: halved until each fits into the memory."""
+    if len(numbers) <= 1 or fit(numbers):
+        return [numbers] if numbers else []
+    half = len(numbers) // 2
+    return _in_parts(numbers[:half], fit) + _in_parts(numbers[half:], fit)
+
+
+def _fit_in(numbers: list[int], named: "Mapping[int, _Sets]", dtype: torch.dtype, room: int) -> bool:
+    """Whether there is room for the features of all bags, or at least for the ring that they are streamed through."""
+    slides = {slide.name: slide for number in numbers for slide in named[number].all}
+    row_bytes = next(iter(slides.values())).n_features * dtype.itemsize
+    lengths = [slide.n_rows for slide in slides.values()]
+    return min(sum(lengths), len(numbers) * _RING * max(lengths)) * row_bytes <= room
+
+
+def _fit_part(
+    numbers: list[int],
+    groups: list[list[int]],
+    jobs: "Sequence[TrainingJob]",
+    named: "Mapping[int, _Sets]",
+    device: torch.device,
+    dtype: torch.dtype,
+    room: int,
+    score: Score,
+    precision: Precision,
+    finish: Callable[[int, FitResult | Exception], None],
 ) -> None:
-    """Go through the epochs of all runs: each is queued for the GPU before the one before it is looked at."""
-    going = dict(runs)
-    while going:
-        for group in groups:
-            group.enqueue()
-        for number, run in list(going.items()):
+    """Train some runs together."""
+    store = _Store([slide for number in numbers for slide in named[number].all], dtype, device, room, len(numbers))
+    try:
+        started, slots = [], store.ring_start
+        for members in groups:
+            runs: dict[int, _Run] = {}
+            for number in members:
+                try:
+                    runs[number] = _Run(jobs[number], named[number], store, score, precision)
+                except Exception as error:  # noqa: BLE001  of this run alone
+                    finish(number, error)
             try:
-                run.collect()
-                result: FitResult | Exception | None = run.result() if run.done else None
+                if runs:
+                    started.append(_Group(runs, store, _Lane(store, slots, _RING * len(members))))
+            except Exception as error:  # noqa: BLE001  of this group alone
+                for number in runs:
+                    finish(number, error)
+            slots += _RING * len(members) * store.slot_rows
+        _train(started, finish)
+    finally:
+        store.close()
+
+
+def _train(groups: "list[_Group]", finish: Callable[[int, FitResult | Exception], None]) -> None:
+    """Go through the epochs of all runs: each is queued for the GPU before the one before it is looked at."""
+    going = {number: run for group in groups for number, run in group.runs.items()}
+    while going:
+        ended: dict[int, FitResult | Exception] = {}
+        for group in groups:
+            try:
+                group.enqueue()
+            except Exception as error:  # noqa: BLE001  of this group alone
+                ended |= {number: error for number, run in group.runs.items() if not run.stopped}
+        for number, run in going.items():
+            try:
+                if number not in ended:
+                    run.collect()
+                    if run.done:
+                        ended[number] = run.result()
             except Exception as error:  # noqa: BLE001  of this run alone
-                result = error
-            if result is not None:
-                run.stopped = True
-                del going[number]
-                finish(number, result)
+                ended[number] = error
+        for number, result in ended.items():
+            going.pop(number).stopped = True
+            finish(number, result)
 
 
 class _Slide(NamedTuple):
@@ -174,6 +238,10 @@ class _Sets(NamedTuple):
 
     train: list[_Slide]
     val: list[_Slide]
+
+    @property
+    def all(self) -> list[_Slide]:
+        return [*self.val, *self.train]
 
     @classmethod
     def of(cls, job: "TrainingJob") -> "_Sets":
@@ -203,19 +271,12 @@ class _Place(NamedTuple):
 class _Store:
     """Features of all bags in the type to compute in: rows on the device, a ring behind them, and what is streamed."""
 
-    def __init__(
-        self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int | None, scratch: int, runs: int
-    ) -> None:
+    def __init__(self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int, runs: int) -> None:
         self.device = device
         distinct = {slide.name: slide for slide in reversed(slides)}
         distinct = {slide.name: distinct[slide.name] for slide in slides}  # in order of first use
-        sizes = {slide.n_features for slide in distinct.values()}
-        if len(sizes) > 1:
-            raise ValueError(f"all runs must have one feature size, got {', '.join(map(str, sorted(sizes)))}.")
-        n_features = sizes.pop()
+        n_features = slides[0].n_features
         row_bytes = n_features * dtype.itemsize
-        if room is None:
-            room = int(_free_bytes(device) * _SHARE_OF_MEMORY) - scratch
         self.slot_rows = 0
         on_device = sum(slide.n_rows for slide in distinct.values())
         if on_device * row_bytes > room:
@@ -351,6 +412,9 @@ class _Run:
 
     def __init__(self, job: "TrainingJob", sets: _Sets, store: _Store, score: Score, precision: Precision) -> None:
         self.job, self.score = job, score
+        n_features = job.model.options["in_features"]
+        if n_features != store.features.shape[1]:
+            raise ValueError(f"features must have in_features {n_features} columns, got {store.features.shape[1]}.")
         self.train, self.train_labels = store.places_of(sets.train), [slide.label for slide in sets.train]
         self.val, self.val_names = store.places_of(sets.val), [slide.name for slide in sets.val]
         self.val_labels = torch.tensor([slide.label for slide in sets.val])
@@ -367,13 +431,13 @@ class _Run:
         job.model.to(store.device)
         weights = job.model.state_dict()
         self.parameters = GatedParameters(*(weights[name] for name in _NAMES))
+        sizes = sizes_of(self.parameters)
+        if job.state is not None:
+            expected = {"moments": (2, sizes.n_all), "powers": (4,), "masks_drawn": (1,)}
+            found = {name: tuple(tensor.shape) for name, tensor in job.state["optimizer"].items()}
+            if found != expected:
+                raise ValueError(f"the optimizer's state must have shapes {expected}, got {found}.")
         self.finished = store.ready_since
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What runs must have in common for their steps to be taken together."""
-        options = self.job.model.options
-        return (*sizes_of(self.parameters), options["mask_top_k"], options["mask_ratio"], self.job.weight_decay)
 
     def join(self, step: TrainingStep, validation: ValidationPass, place: int, lane: _Lane) -> None:
         """Take a place in the steps of a group."""
@@ -446,6 +510,8 @@ class _Run:
 
     def result(self) -> FitResult:
         """What training leaves; the model gets the last weights."""
+        if self.lane.on_gpu:
+            self.lane.stream.synchronize()
         last = to_cpu(self._weights_of(self._master()))
         self.job.model.load_state_dict(last)
         self.job.model.eval()
@@ -490,10 +556,11 @@ class _Run:
 class _Group:
     """Runs that take their steps together; a single one does so by graphs for the sizes of its bags."""
 
-    def __init__(self, runs: list[_Run], store: _Store, lane: _Lane) -> None:
-        self.runs, self.lane, job = runs, lane, runs[0].job
+    def __init__(self, numbered: dict[int, _Run], store: _Store, lane: _Lane) -> None:
+        runs = list(numbered.values())
+        self.runs, self.members, self.lane, job = numbered, runs, lane, runs[0].job
         if lane.on_gpu:
-            lane.stream.wait_stream(torch.cuda.current_stream())  # which brought features and weights
+            lane.stream.wait_stream(torch.cuda.current_stream(store.device))  # which brought features and weights
         lengths = [place.n_rows for run in runs for place in run.train]
         with lane.current(), torch.no_grad():
             self.step = TrainingStep(
@@ -527,7 +594,7 @@ class _Group:
 
     def enqueue(self) -> None:
         """Queue the next epoch's training and validation of the runs that have one."""
-        epochs = {place: run.next_epoch() for place, run in enumerate(self.runs) if run.has_next}
+        epochs = {place: run.next_epoch() for place, run in enumerate(self.members) if run.has_next}
         if not epochs:
             return
         n_steps = max(len(epoch.order) for epoch in epochs.values())
@@ -540,20 +607,20 @@ class _Group:
             {
                 place * at_once + number: bag
                 for place in epochs
-                for number, bag in enumerate(self.runs[place].val[first : first + at_once])
+                for number, bag in enumerate(self.members[place].val[first : first + at_once])
             }
             for first in range(0, n_passes * at_once, at_once)
         ]
         starts = iter(self.lane.starts_of([bag for bags in (*steps, *passes) for bag in bags.values()]))
-        bags = np.zeros((len(self.runs), n_steps, 3), np.int64)
+        bags = np.zeros((len(self.members), n_steps, 3), np.int64)
         for number, step in enumerate(steps):
             for place, bag in step.items():
-                label = self.runs[place].train_labels[epochs[place].order[number]]
+                label = self.members[place].train_labels[epochs[place].order[number]]
                 bags[place, number] = next(starts), bag.n_rows, label
-        rates = np.zeros((len(self.runs), n_steps))
+        rates = np.zeros((len(self.members), n_steps))
         for place, epoch in epochs.items():
             rates[place, : len(epoch.rates)] = epoch.rates
-        val_bags = np.zeros((len(self.runs), n_passes, at_once, 3), np.int64)
+        val_bags = np.zeros((len(self.members), n_passes, at_once, 3), np.int64)
         for number, one in enumerate(passes):
             for seat, bag in one.items():
                 val_bags[seat // at_once, number, seat % at_once] = next(starts), bag.n_rows, 0
@@ -567,7 +634,7 @@ class _Group:
                 with self._in_place(one.values()):
                     self.validate()
             for place, epoch in epochs.items():
-                self.runs[place].end_epoch(epoch)
+                self.members[place].end_epoch(epoch)
 
     @contextmanager
     def _in_place(self, bags: Iterable[_Place]) -> Iterator[None]:
@@ -611,13 +678,20 @@ def _read(slides: list[_Slide]) -> Iterator[tuple[_Slide, Tensor]]:
             yield slide, features.result()
 
 
-def _scratch_bytes(job: "TrainingJob", sets: _Sets, dtype: torch.dtype) -> int:
-    """About what a run needs beside the features."""
-    options: Mapping[str, Any] = job.model.options
-    longest = max(slide.n_rows for part in sets for slide in part)
+def _scratch_bytes(
+    jobs: "Sequence[TrainingJob]", named: Mapping[int, _Sets], members: list[int], dtype: torch.dtype
+) -> int:
+    """About what a group needs beside the features."""
+    options: Mapping[str, Any] = jobs[members[0]].model.options
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
-    rows = (3 * hidden + 4 * gate + 32) * dtype.itemsize + 8 * (branches + 1) * options["n_classes"] + 8 * branches
-    return longest * rows + 128 * 2**20
+    longest, longest_val = (
+        max(slide.n_rows for number in members for slide in getattr(named[number], part)) for part in ("train", "val")
+    )
+    of_scores = 4 * (branches + (branches + 1) * options["n_classes"])
+    row = (2 * hidden + 4 * gate + 32) * dtype.itemsize + hidden // 8 + of_scores
+    val_row = hidden * dtype.itemsize + of_scores
+    val_rows = max(len(members) * longest_val, min(ROWS_AT_ONCE, MOST_MODELS.value * longest_val))
+    return len(members) * (longest * row + 128 * 2**20) + val_rows * val_row
 
 
 def _free_bytes(device: torch.device) -> int:

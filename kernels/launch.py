@@ -11,6 +11,7 @@ SHARED_BYTES = 232_448  # that a program may have there; elsewhere at most 166,9
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BRANCHES = 16
 MAX_GATE = 256
+MAX_LOGITS = 256  # of all branches and the bag, in a training step
 BRANCH_BLOCK = 16  # branches are padded to the least size of a tensor-core operand
 
 

@@ -28,6 +28,7 @@ def slot_size(used, n_slots, BLOCK: tl.constexpr):
 @triton.jit
 def find_slot(slot, size, offsets_ptr, n_rows, n_bags, PACKED: tl.constexpr, SEARCH: tl.constexpr):
     """Bag of a slot, its first row and its end; there is none where the first row is not below the end."""
+    size = tl.maximum(size, 1)  # without any row there is no slot
     bag = tl.zeros((), tl.int32)
     first = slot * size
     bag_end = tl.zeros((), tl.int32) + n_rows

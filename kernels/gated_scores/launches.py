@@ -251,7 +251,8 @@ def launch_gate(
     block = [tile.columns, tile.depth]
     lines = power_of_2_at_least(n_lines)
     stage_bytes = (tile.rows + 2 * tile.columns + lines) * tile.depth * hidden.element_size()
-    tile = tile._replace(stages=min(tile.stages, (SHARED_BYTES - _GATE_REST_BYTES) // stage_bytes))
+    rest_bytes = _GATE_REST_BYTES + 4 * tile.rows * lines  # the projections on their way out
+    tile = tile._replace(stages=max(1, min(tile.stages, (SHARED_BYTES - rest_bytes) // stage_bytes)))
     gate_kernel[_grid(rows.models * ceil_div(rows.n_rows, tile.rows), tile, hidden.device)](
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weights.v, block), weights.v_bias,

@@ -6,7 +6,7 @@ from torch import Tensor
 from acmil.kernels.gated_scores.launches import Rows, choose_tiles, launch_reduce
 from acmil.kernels.launch import ceil_div, chained, power_of_2_at_least
 from acmil.kernels.models import MOST_MODELS
-from acmil.kernels.top_k_masking.fused import block_size
+from acmil.kernels.top_k_masking.fused import BLOCK
 from acmil.kernels.training_step.fused import CURSOR, LARGEST_TILE, Bag, TrainingStep
 from acmil.kernels.training_step.validation_kernels import bag_logits_kernel, spread_kernel
 
@@ -28,6 +28,9 @@ class ValidationPass:
         n_bags: Most bags of a model.
         n_top: How many of the highest tiles the spread tells of.
         at_once: Bags of a model that are looked at together; None: as many as make a good launch. It changes no result.
+
+    Raises:
+        ValueError: If more bags than `MOST_MODELS` would be looked at together.
     """
 
     def __init__(
@@ -38,6 +41,11 @@ class ValidationPass:
         rows = ceil_div(longest, LARGEST_TILE) * LARGEST_TILE
         most = min(MOST_MODELS.value, max(step.n_models, ROWS_AT_ONCE // rows)) // step.n_models
         self.at_once = min(most, n_bags) if at_once is None else at_once
+        if not 1 <= self.at_once * step.n_models <= MOST_MODELS.value:
+            raise ValueError(
+                f"bags at once must be 1 to {MOST_MODELS.value} for all models, got {self.at_once} of each of "
+                f"{step.n_models}."
+            )
         self.positions = ceil_div(n_bags, self.at_once)
         n = step.n_models * self.at_once
         needed = n * rows * s.hidden
@@ -56,8 +64,7 @@ class ValidationPass:
         self.block = power_of_2_at_least(s.branches * (1 + s.classes))
         self.sums = torch.empty((n, 2 * _MOST_SLOTS + 1, self.block), device=device)
         self.maxima, self.inverses = torch.empty((2, n, s.branches), device=device)
-        self.slot_rows = block_size(longest)
-        self.slots = ceil_div(longest, self.slot_rows)
+        self.slots = ceil_div(longest, BLOCK)
         self.picks = torch.empty((n, self.slots, power_of_2_at_least(n_top)), dtype=torch.int64, device=device)
         self.entropies = torch.empty((n, self.slots), device=device)
         self.all_logits = torch.empty((n, self.positions + 1, s.classes), device=device)
@@ -67,16 +74,11 @@ class ValidationPass:
         """Set the bags to come; the next launch takes the first of them.
 
         Args:
-            bags: (M, at_once · positions, 3) int64, the fields of `Bag`, as many of each model; 0 rows: none.
+            bags: (M, positions, at_once, 3) int64, the fields of `Bag`; 0 rows: none.
         """
-        self.bags.copy_(self._by_position(bags))
+        self.bags.copy_(bags.transpose(1, 2).flatten(0, 1))  # a model's first bags stand side by side
         zero, first = torch.zeros_like(self.cursor[:, :1]), self.bags[:, 0]
         self.cursor[:, :5].copy_(torch.cat([zero, first[:, :1], zero, first[:, 1:]], dim=1))
-
-    def _by_position(self, bags: Tensor) -> Tensor:
-        """(M · at_once, positions, 3): a model's first bags stand side by side."""
-        n_models = self.step.n_models
-        return bags.view(n_models, self.positions, self.at_once, -1).transpose(1, 2).flatten(0, 1)
 
     def results_of(self, model: int) -> tuple[Tensor, Tensor]:
         """Logits (bags, C) and spread (bags, 2): entropy of the mean attention, and mass of the `n_top` highest."""
@@ -104,7 +106,7 @@ class ValidationPass:
         spread_kernel[(n * self.slots,)](
             self.scores, self.maxima, self.inverses, self.picks, self.entropies, self.arrived[1], self.current,
             self.all_spread, self.cursor, self.bags, self.slots, self.positions, self.scores.stride(0), self.n_top,
-            K=s.branches, BN=self.slot_rows, BP=self.picks.shape[2], num_warps=8, **chained(device),
+            K=s.branches, BN=BLOCK, BP=self.picks.shape[2], num_warps=8, **chained(device),
         )  # fmt: skip
 
     def capture(self) -> "torch.cuda.CUDAGraph":

@@ -124,7 +124,8 @@ def spread_kernel(
             mean += tl.exp(score - tl.load(maxima_ptr + bag * K + k)) * inverse
         mean = mean / K
         tl.store(picks_ptr + slot * BP + place, find_top(score_keys(mean, rows, fits), n_top, BP))
-        tl.store(entropies_ptr + slot, tl.sum(tl.where(mean > 0, -mean * tl.log(mean), 0.0), axis=0))
+        positive = tl.where(mean > 0, mean, 1.0)  # of nothing 0 log 0 = 0
+        tl.store(entropies_ptr + slot, tl.sum(-positive * tl.log(positive), axis=0))
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
         if tl.atomic_add(arrived_ptr + bag, 1, sem="acq_rel", scope="gpu") == count - 1:

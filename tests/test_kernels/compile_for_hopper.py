@@ -51,6 +51,7 @@ def pretend(name, value):
 def compile_step(n_rows, sizes, dtype, n_models=1):
     from acmil.kernels.training_step import GatedParameters
     from acmil.kernels.training_step.fused import TrainingStep
+    from acmil.kernels.training_step.validation import ValidationPass
 
     parameters = GatedParameters(*(torch.zeros(shape) for shape in sizes.shapes()))
     step = TrainingStep(
@@ -58,6 +59,7 @@ def compile_step(n_rows, sizes, dtype, n_models=1):
         positions=1, top_k=10, ratio=0.6, weight_decay=0.0, seeds=n_models * [0],
     )  # fmt: skip
     step.launch()
+    ValidationPass(step, longest=n_rows, n_bags=2, n_top=10).launch()
 
 
 def compile_operators(dtype):
@@ -81,7 +83,7 @@ def main():
     import acmil.kernels.branch_pool.fused
     import acmil.kernels.gated_scores.fused
     import acmil.kernels.top_k_masking.fused
-    import acmil.kernels.training_step.fused  # noqa: F401
+    import acmil.kernels.training_step.validation  # noqa: F401
     from acmil.kernels.training_step.parameters import Sizes
 
     pretend("n_processors", lambda device: 132)
@@ -94,6 +96,7 @@ def main():
     compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
     for n_rows in (1_000, 17_000):
         compile_step(n_rows, Sizes(512, 256, 256, 16, 4), torch.bfloat16)
+    compile_step(1_000, Sizes(64, 64, 256, 7, 32), torch.bfloat16)  # as many logits as are taken
     for dtype in (torch.bfloat16, torch.float32):
         compile_operators(dtype)
     for row in compiled.values():

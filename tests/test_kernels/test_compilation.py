@@ -13,7 +13,7 @@ SHARED_BYTES = 232_448  # that one program may have on an H100
 KERNELS = {
     "reduce_kernel", "gate_kernel", "gate_backward_kernel", "reduction_backward_kernel", "weight_gradient_kernel",
     "sum_partials_kernel", "mask_kernel", "pool_kernel", "combine_kernel", "attention_kernel", "dots_kernel",
-    "pool_backward_kernel", "losses_kernel", "update_kernel",
+    "pool_backward_kernel", "losses_kernel", "update_kernel", "bag_logits_kernel", "spread_kernel",
 }  # fmt: skip
 
 

@@ -151,12 +151,27 @@ def test_streamed_features_give_the_same_bits(device, share):
     check_same(result, expected)
 
 
+def test_streamed_runs_together_give_the_same_bits(device):
+    """Bags of two runs take turns in the ring; with room for that of one alone, the runs train one after the other."""
+    jobs = [{"seed": 0, "epochs": 2}, {"seed": 1, "epochs": 2, "train": make_bags("train", LENGTHS)[2:]}]
+    expected = [train([make_job(**one)], device)[0] for one in jobs]
+    for n_rings in (2, 1):
+        room = n_rings * 3 * max(LENGTHS) * N_FEATURES * 4
+        for result, alone in zip(
+            train([make_job(**one) for one in jobs], device, feature_bytes=room), expected, strict=True
+        ):
+            check_same(result, alone)
+
+
 def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one(device):
     states = []
     (expected,) = train([make_job(checkpoint=states.append)], device)
     assert [len(state["history"]) for state in states] == [1, 2, 3]
     (result,) = train([make_job(seed=0, state=states[0])], device)
     check_same(result, expected)
+    together = train([make_job(state=states[1]), make_job(), make_job(state=states[2])], device)
+    for result in together:
+        check_same(result, expected)
 
 
 def test_a_state_of_the_eager_engine_is_refused(device):
@@ -177,6 +192,47 @@ def test_a_run_that_fails_leaves_the_others(device):
     assert "NaN or Inf in bag 'damaged'" in str(results[0])
     assert "label of a train bag must be 0 to 1, got 7" in str(results[2])
     check_same(results[1], train([make_job(epochs=2)], device)[0])
+
+
+def test_runs_that_cannot_begin_leave_the_others(device):
+    states = []
+    (expected,) = train([make_job(epochs=2, checkpoint=states.append)], device)
+    damaged = {**states[0], "optimizer": {name: t for name, t in states[0]["optimizer"].items() if name != "powers"}}
+    wide = make_job()
+    wide.model.options["in_features"] = 48
+    ended = []
+    jobs = [wide, make_job(epochs=2, state=damaged), make_job(epochs=2)]
+    results = train(jobs, device, may_fail=True, on_result=lambda number, _: ended.append(number))
+    assert "features must have in_features 48 columns, got 32" in str(results[0])
+    assert "the optimizer's state must have shapes" in str(results[1])
+    check_same(results[2], expected)
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_a_group_that_fails_leaves_the_others(device, monkeypatch):
+    """What is wrong in one launch is the end of its runs alone."""
+    from acmil.resident import _Group
+
+    plain, calls = _Group.enqueue, []
+
+    def enqueue(group):
+        calls.append(1)
+        if len(group.members) == 2 and len(calls) > 2:
+            raise MemoryError("no room")
+        plain(group)
+
+    monkeypatch.setattr(_Group, "enqueue", enqueue)
+    jobs = [make_job(), make_job(seed=1), make_job(epochs=2, mask_top_k=4)]
+    results = train(jobs, device, may_fail=True)
+    assert [str(result) for result in results[:2]] == ["no room", "no room"]
+    monkeypatch.undo()
+    check_same(results[2], train([make_job(epochs=2, mask_top_k=4)], device)[0])
+
+
+def test_a_size_of_group_that_no_launch_takes_is_refused(device):
+    for size in (0, 33):
+        with pytest.raises(ValueError, match=f"group must be 1 to 32, got {size}"):
+            train([make_job()], device, group=size)
 
 
 def test_a_loss_that_is_not_finite_names_the_bag(device):
@@ -219,6 +275,7 @@ def test_engine_on_a_gpu():
     assert "acmil_mha" in choose(model="acmil_mha").reason
     assert "one bag a step, 4 are asked for" in choose(batch_size=4).reason
     assert "hidden_features 20" in choose(hidden_features=20).reason
+    assert "at most 256 logits of all branches and the bag, got 480" in choose(n_branches=15, n_classes=30).reason
     (result,) = fit_jobs([make_job()], engine="resident", device=device, score=score, precision="bf16")
     assert len(result.history) == 3
 

@@ -123,6 +123,13 @@ def test_half_types(device, relative_error):
     torch.testing.assert_close(weights.u, parameters.u_weight.to(dtype), rtol=0, atol=0)
 
 
+def test_half_types_in_wide_tiles(device, relative_error):
+    """Signs of 320 columns in tiles of 256, the last of which reaches beyond the matrix."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    step, bags = make_step(Sizes(32, 320, 16, 2, 2), [400], device, dtype=dtype)
+    check_steps(step, bags, [0], relative_error, 3e-2, [6])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "l"), [(10_000, 1024, 512), (65_537, 384, 128), (777, 1536, 768)])
@@ -156,8 +163,8 @@ BITS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.
 @pytest.mark.parametrize("dtype", BITS)
 def test_models_together_give_the_bits_of_each_alone(device, dtype):
     """Bags of very different sizes, a model that has none at two steps, and one that has become NaN."""
-    lengths = [100, 1, 37, 900, 450]
-    sizes, orders = Sizes(48, 80, 48, 5, 3), [[3, 0, 1, 4], [2, 2, 3, 1], [4, 3, 0, 2], [1, 0, 2, 3]]
+    lengths = [100, 1, 37, 520, 390]
+    sizes, orders = Sizes(48, 80, 48, 3, 3), [[3, 0, 1, 4], [2, 2, 3, 1], [4, 3, 0, 2], [1, 0, 2, 3]]
     seeds = (7, 8, 9, 10)
     together, bags = make_step(sizes, lengths, device, dtype=dtype, seeds=seeds)
     idle = torch.cat([bags, torch.zeros_like(bags[:1])])
@@ -182,6 +189,55 @@ def test_models_together_give_the_bits_of_each_alone(device, dtype):
         assert torch.equal(together.moments[:, model], alone.moments[:, 0])
         assert together.cursor[model, 5] == len(has_bag)  # masks drawn
     assert torch.isnan(together.losses[3, 0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_models_together_give_the_bits_of_each_alone_at_full_size(dtype):
+    device, lengths = torch.device("cuda"), [10_000, 700, 40_000, 5_000, 17_000, 70_000]
+    sizes, seeds = Sizes(256, 512, 128, 5, 2), (7, 8, 9, 10, 11)
+    orders = [[0, 1, 2], [2, 0, 5], [3, 4, 1], [5, 2, 0], [1, 3, 4]]
+    together, bags = make_step(sizes, lengths, device, dtype=dtype, seeds=seeds)
+    schedule(together, bags, *orders)
+    for _ in range(3):
+        together.launch()
+    for model, (seed, order) in enumerate(zip(seeds, orders, strict=True)):
+        alone, _ = make_step(sizes, lengths, device, dtype=dtype, seeds=(seed,))
+        schedule(alone, bags, order)
+        for bag in order:
+            alone.launch(lengths[bag])
+        assert torch.equal(together.losses[model, :3], alone.losses[0, :3])
+        assert torch.equal(together.master[model], alone.master[0])
+
+
+def test_two_models_of_one_branch(device):
+    """The branch's own head stays as it is; matrices of 32 x 8 numbers end within a block of the update."""
+    sizes, seeds = Sizes(16, 16, 16, 1, 2), (7, 8)
+    together, bags = make_step(sizes, [70, 5], device, seeds=seeds)
+    schedule(together, bags, [0, 1], [1, 0])
+    initial = together.master.clone()
+    for _ in range(2):
+        together.launch()
+    for model, (seed, order) in enumerate(zip(seeds, [[0, 1], [1, 0]], strict=True)):
+        alone, _ = make_step(sizes, [70, 5], device, seeds=(seed,))
+        schedule(alone, bags, order)
+        for _ in range(2):
+            alone.launch()
+        assert torch.equal(together.master[model], alone.master[0])
+        before = views_of(initial[model, : sizes.n_all], sizes)
+        assert torch.equal(together.parameters_of(model).branch_head_weight, before.branch_head_weight)
+        assert not torch.equal(together.parameters_of(model).bag_head_weight, before.bag_head_weight)
+
+
+def test_a_step_without_any_bag_changes_nothing(device):
+    step, bags = make_step(Sizes(16, 16, 16, 2, 2), [60, 40], device, seeds=(7, 8))
+    schedule(step, torch.zeros_like(bags), [0, 1], [1, 0])
+    kept = [getattr(step, name).clone() for name in ("master", "moments", "work", "powers")]
+    step.launch()
+    for name, before in zip(("master", "moments", "work", "powers"), kept, strict=True):
+        assert torch.equal(getattr(step, name), before), name
+    assert step.cursor[:, 0].tolist() == [1, 1]  # the next position
+    assert step.cursor[:, 5].tolist() == [0, 0]  # no masks drawn
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_other_masks(device):
