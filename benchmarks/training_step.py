@@ -7,7 +7,8 @@ Bags are synthetic: normal features. For each size the fused step is first held 
 and every gradient by norm, with its buffers poisoned: in float32 as it is, in a half type beside what PyTorch's own
 autocast step of that type gets on the same inputs. No time is taken of a step that is wrong. Then the arms are timed in
 one process, each going round several bags, so that no cache holds the features from one step to the next: the median
-of many samples, with the 10th and 90th percentile.
+of many samples, with the 10th and 90th percentile. The arm `group` takes the steps of several models in one launch, on
+bags of different sizes, log-normal around N, and tells the time of each; its samples are as many bags as there are.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -26,6 +28,7 @@ from torch import Tensor
 PRODUCT_FLOPS, COPY_BYTES = 757e12, 3.0e12  # measured on an H100: a large bf16 product; a copy, read plus written
 TOP_K, RATIO, WEIGHT_DECAY, RATE = 10, 0.6, 1e-5, 1e-4
 CACHE_BYTES = 300e6  # features that the bags of a size hold together, several times the L2
+GROUP_BAGS = 64  # of a group of models
 HALF_ERROR, HALF_RATIO = 2e-3, 2.0  # a half type may err HALF_RATIO times as far as PyTorch's own
 FLOAT32_ERROR, FLOAT32_BIAS_ERROR = 1e-4, 1e-3  # the gradient of bV is what is left of sums that all but cancel
 
@@ -117,6 +120,26 @@ def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) ->
     order = torch.arange(positions, device=device) % bags.labels.numel()
     table = torch.stack([bags.offsets[:-1], bags.offsets.diff(), bags.labels], dim=1)
     step.schedule(table[order][None], torch.full((1, positions), RATE, dtype=torch.float64, device=device))
+    return step
+
+
+def make_group(shape: Shape, dtype: torch.dtype, device: torch.device, n_models: int, positions: int) -> Any:
+    """A step of several models, each with its own order of bags, log-normal around N tiles (sigma 0.5)."""
+    from acmil.kernels.training_step.fused import TrainingStep
+
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(np.log(shape.n), 0.5, GROUP_BAGS).astype(int).clip(1)
+    features = torch.randn((int(lengths.sum()), shape.d), device=device).to(dtype)
+    step = TrainingStep(
+        [parameters_of(make_model(shape, device)) for _ in range(n_models)], features=features,
+        longest=int(lengths.max()), positions=positions, top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY,
+        seeds=range(n_models),
+    )  # fmt: skip
+    table = np.stack([lengths.cumsum() - lengths, lengths, np.arange(GROUP_BAGS) % shape.c], axis=1)
+    rounds = -(-positions // GROUP_BAGS)
+    orders = [np.concatenate([random.permutation(GROUP_BAGS) for _ in range(rounds)]) for _ in range(n_models)]
+    bags = torch.from_numpy(np.stack([table[order[:positions]] for order in orders])).to(device)
+    step.schedule(bags, torch.full((n_models, positions), RATE, dtype=torch.float64, device=device))
     return step
 
 
@@ -398,8 +421,8 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     error = check_step(shape, bags, device)
     rows: list[dict[str, Any]] = []
 
-    def add(arm: str, run: Callable[[int], None], floor_ms: float, memory: int, steps: int) -> None:
-        timing = timed(run, device, samples=options.samples, steps=steps)
+    def add(arm: str, run: Callable[[int], None], floor_ms: float, memory: int, steps: int, n_models: int = 1) -> None:
+        timing = Timing(*(ms / n_models for ms in timed(run, device, samples=options.samples, steps=steps)))
         rows.append(
             {"size": str(shape), "dtype": options.dtype, "arm": arm, "ms": timing.median, "p10_ms": timing.low,
              "p90_ms": timing.high, "floor_share": floor_ms / timing.median, "peak_mb": memory / 1e6}
@@ -424,6 +447,15 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
         if device.type == "cuda":
             rows[-1]["launches_us"] = launch_times(step)
             print(json.dumps(rows[-1]["launches_us"]), flush=True)
+    if "group" in arms:
+        for n_models in options.models:
+            positions = (options.samples + 2) * GROUP_BAGS if device.type == "cuda" else 3
+            memory, step = peak_bytes(device, lambda m=n_models, p=positions: make_group(shape, dtype, device, m, p))
+            memory = max(0, memory - step.features.nbytes)
+            steps = GROUP_BAGS if device.type == "cuda" else 1  # all bags once
+            group_arm = f"{n_models} models in a launch, each"
+            add(group_arm, fused_arm(step, device), shape.floor_ms(), memory, steps, n_models)
+            del step
     for arm, fused in (("inference-reference", False), ("inference", True)):
         if arm in arms:
             memory, run = peak_bytes(device, lambda fused=fused: inference_arm(shape, bags, device, fused=fused))
@@ -466,7 +498,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32", "float16"])
-    parser.add_argument("--arms", default="eager,eager-operators,compiled,fused,inference-reference,inference")
+    parser.add_argument("--arms", default="eager,eager-operators,compiled,fused,group,inference-reference,inference")
+    parser.add_argument("--models", type=int, nargs="+", default=[4, 13, 25], help="of the arm group")
     parser.add_argument("--sizes", default="", help="N:D:L,… in place of the standard sizes")
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--result", type=Path, help="written with the suffixes .json and .md")
