@@ -86,43 +86,113 @@ def fit_resident(
     """
     if not 1 <= group <= MOST_MODELS.value:
         raise ValueError(f"group must be 1 to {MOST_MODELS.value}, got {group}.")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    results: list[FitResult | Exception | None] = [None] * len(jobs)
+    results: dict[int, FitResult | Exception] = {}
 
     def finish(number: int, result: FitResult | Exception) -> None:
         results[number] = result
         if on_result is not None:
             on_result(number, result)
 
-    named: dict[int, _Sets] = {}
+    sets: dict[int, _Sets] = {}
     for number, job in enumerate(jobs):
         try:
-            named[number] = _Sets.of(job)
+            sets[number] = _Sets.of(job)
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
-    sizes = {slide.n_features for sets in named.values() for slide in sets.all}
+    sizes = {slide.n_features for one in sets.values() for slide in one.all}
     if len(sizes) > 1:
         raise ValueError(f"all runs must have one feature size, got {', '.join(map(str, sorted(sizes)))}.")
-
-    def groups_of(numbers: list[int]) -> list[list[int]]:
-        return _grouped({number: _kind(jobs[number]) for number in numbers}, group)
-
-    def room_of(numbers: list[int]) -> int:
-        if feature_bytes is not None:
-            return feature_bytes
-        scratch = sum(_scratch_bytes(jobs, named, members, dtype) for members in groups_of(numbers))
-        return int(_free_bytes(device) * _SHARE_OF_MEMORY) - scratch
-
-    for numbers in _in_parts(list(named), lambda part: _fit_in(part, named, dtype, room_of(part))):
+    plan = _Plan(jobs, sets, device, score, precision, feature_bytes, group, finish)
+    for numbers in plan.in_parts(list(sets)):
         try:
-            _fit_part(
-                numbers, groups_of(numbers), jobs, named, device, dtype, room_of(numbers), score, precision, finish
-            )
+            plan.train(numbers)
         except Exception as error:  # noqa: BLE001  of these runs: what follows may do with less
             for number in numbers:
-                if results[number] is None:
+                if number not in results:
                     finish(number, error)
-    return [result for result in results if result is not None]
+    return [results[number] for number in range(len(jobs))]
+
+
+class _Plan(NamedTuple):
+    """Which runs train together, and the room that they need."""
+
+    jobs: "Sequence[TrainingJob]"
+    sets: "Mapping[int, _Sets]"  # of the jobs whose bags may be used
+    device: torch.device
+    score: Score
+    precision: Precision
+    feature_bytes: int | None
+    most: int  # runs of a group
+    finish: Callable[[int, FitResult | Exception], None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def in_parts(self, numbers: list[int]) -> list[list[int]]:
+        """Runs in as few parts as fit into the memory, one after another: halved until each does."""
+        if len(numbers) <= 1 or self._fits(numbers):
+            return [numbers] if numbers else []
+        half = len(numbers) // 2
+        return self.in_parts(numbers[:half]) + self.in_parts(numbers[half:])
+
+    def _fits(self, numbers: list[int]) -> bool:
+        """Whether there is room for the features of all bags, or at least for the ring to stream them through."""
+        slides = {slide.name: slide for number in numbers for slide in self.sets[number].all}
+        row_bytes = next(iter(slides.values())).n_features * self.dtype.itemsize
+        lengths = [slide.n_rows for slide in slides.values()]
+        return min(sum(lengths), len(numbers) * _RING * max(lengths)) * row_bytes <= self._room(numbers)
+
+    def _room(self, numbers: list[int]) -> int:
+        """Bytes for features."""
+        if self.feature_bytes is not None:
+            return self.feature_bytes
+        scratch = sum(
+            _scratch_bytes([(self.jobs[number], self.sets[number]) for number in members], self.dtype)
+            for members in self._groups(numbers)
+        )
+        return int(_free_bytes(self.device) * _SHARE_OF_MEMORY) - scratch
+
+    def _groups(self, numbers: list[int]) -> list[list[int]]:
+        """Runs whose steps can be taken together: as few groups as may be, of about one size."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number in numbers:
+            alike.setdefault(_kind(self.jobs[number]), []).append(number)
+        groups = []
+        for members in alike.values():
+            n_groups = math.ceil(len(members) / self.most)
+            groups += [members[first::n_groups] for first in range(n_groups)]
+        return groups
+
+    def train(self, numbers: list[int]) -> None:
+        """Train some runs together."""
+        slides = [slide for number in numbers for slide in self.sets[number].all]
+        store = _Store(slides, self.dtype, self.device, self._room(numbers), len(numbers))
+        try:
+            groups, first_row = [], store.ring_start
+            for members in self._groups(numbers):
+                runs = self._begin(members, store)
+                slots = _RING * len(members)
+                try:
+                    if runs:
+                        groups.append(_Group(runs, store, _Lane(store, first_row, slots)))
+                except Exception as error:  # noqa: BLE001  of this group alone
+                    for number in runs:
+                        self.finish(number, error)
+                first_row += slots * store.slot_rows
+            _train(groups, self.finish)
+        finally:
+            store.close()
+
+    def _begin(self, members: list[int], store: "_Store") -> "dict[int, _Run]":
+        """The runs of a group, but for those that cannot begin."""
+        runs: dict[int, _Run] = {}
+        for number in members:
+            try:
+                runs[number] = _Run(self.jobs[number], self.sets[number], store, self.score, self.precision)
+            except Exception as error:  # noqa: BLE001  of this run alone
+                self.finish(number, error)
+        return runs
 
 
 def _kind(job: "TrainingJob") -> tuple[Any, ...]:
@@ -130,69 +200,6 @@ def _kind(job: "TrainingJob") -> tuple[Any, ...]:
     options = job.model.options
     names = ("in_features", "hidden_features", "attention_features", "n_branches", "n_classes")
     return (*(options[name] for name in names), options["mask_top_k"], options["mask_ratio"], job.weight_decay)
-
-
-def _grouped(kinds: Mapping[int, tuple[Any, ...]], most: int) -> list[list[int]]:
-    """Runs whose steps can be taken together: as few groups as may be, of about one size."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for number, kind in kinds.items():
-        alike.setdefault(kind, []).append(number)
-    groups = []
-    for members in alike.values():
-        n_groups = math.ceil(len(members) / most)
-        groups += [members[first::n_groups] for first in range(n_groups)]
-    return groups
-
-
-def _in_parts(numbers: list[int], fit: Callable[[list[int]], bool]) -> list[list[int]]:
-    """Runs that train together, in few parts: halved until each fits into the memory."""
-    if len(numbers) <= 1 or fit(numbers):
-        return [numbers] if numbers else []
-    half = len(numbers) // 2
-    return _in_parts(numbers[:half], fit) + _in_parts(numbers[half:], fit)
-
-
-def _fit_in(numbers: list[int], named: "Mapping[int, _Sets]", dtype: torch.dtype, room: int) -> bool:
-    """Whether there is room for the features of all bags, or at least for the ring that they are streamed through."""
-    slides = {slide.name: slide for number in numbers for slide in named[number].all}
-    row_bytes = next(iter(slides.values())).n_features * dtype.itemsize
-    lengths = [slide.n_rows for slide in slides.values()]
-    return min(sum(lengths), len(numbers) * _RING * max(lengths)) * row_bytes <= room
-
-
-def _fit_part(
-    numbers: list[int],
-    groups: list[list[int]],
-    jobs: "Sequence[TrainingJob]",
-    named: "Mapping[int, _Sets]",
-    device: torch.device,
-    dtype: torch.dtype,
-    room: int,
-    score: Score,
-    precision: Precision,
-    finish: Callable[[int, FitResult | Exception], None],
-) -> None:
-    """Train some runs together."""
-    store = _Store([slide for number in numbers for slide in named[number].all], dtype, device, room, len(numbers))
-    try:
-        started, slots = [], store.ring_start
-        for members in groups:
-            runs: dict[int, _Run] = {}
-            for number in members:
-                try:
-                    runs[number] = _Run(jobs[number], named[number], store, score, precision)
-                except Exception as error:  # noqa: BLE001  of this run alone
-                    finish(number, error)
-            try:
-                if runs:
-                    started.append(_Group(runs, store, _Lane(store, slots, _RING * len(members))))
-            except Exception as error:  # noqa: BLE001  of this group alone
-                for number in runs:
-                    finish(number, error)
-            slots += _RING * len(members) * store.slot_rows
-        _train(started, finish)
-    finally:
-        store.close()
 
 
 def _train(groups: "list[_Group]", finish: Callable[[int, FitResult | Exception], None]) -> None:
@@ -678,15 +685,12 @@ def _read(slides: list[_Slide]) -> Iterator[tuple[_Slide, Tensor]]:
             yield slide, features.result()
 
 
-def _scratch_bytes(
-    jobs: "Sequence[TrainingJob]", named: Mapping[int, _Sets], members: list[int], dtype: torch.dtype
-) -> int:
+def _scratch_bytes(members: "Sequence[tuple[TrainingJob, _Sets]]", dtype: torch.dtype) -> int:
     """About what a group needs beside the features."""
-    options: Mapping[str, Any] = jobs[members[0]].model.options
+    options: Mapping[str, Any] = members[0][0].model.options
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
-    longest, longest_val = (
-        max(slide.n_rows for number in members for slide in getattr(named[number], part)) for part in ("train", "val")
-    )
+    longest = max(slide.n_rows for _, sets in members for slide in sets.train)
+    longest_val = max(slide.n_rows for _, sets in members for slide in sets.val)
     of_scores = 4 * (branches + (branches + 1) * options["n_classes"])
     row = (2 * hidden + 4 * gate + 32) * dtype.itemsize + hidden // 8 + of_scores
     val_row = hidden * dtype.itemsize + of_scores
