@@ -15,9 +15,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# The same tests of the kernels as in `test`, at full size and on the GPU in place of the interpreter.
+# The same tests of the kernels as in `test`, at full size and on the GPU in place of the interpreter, and what else needs one.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/test_kernels
+	$(BIN)/python -m pytest -m gpu tests/test_acmil tests/test_preprocessing
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,11 +4,20 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost twentyfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: `make test-gpu` where there is one"))
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,6 @@ def test_pack_refuses_what_does_not_go_together() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pack_on_a_gpu_gives_what_the_cpu_gives() -> None:
     bags = [bag(3, 1), bag(3, 0)]
     there, here = pack(bags, device="cuda"), pack(bags, device="cpu")

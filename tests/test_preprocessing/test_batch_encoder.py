@@ -96,7 +96,6 @@ def test_the_compiled_function_is_what_runs(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_on_a_gpu_batches_come_from_page_locked_memory_and_give_what_a_call_gives(is_compiled):
     encoder = small_encoder("cuda")
@@ -118,7 +117,6 @@ def test_on_a_gpu_batches_come_from_page_locked_memory_and_give_what_a_call_give
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_that_is_full_the_batch_is_halved():
     encoder = small_encoder("cuda")
     n_bytes = torch.cuda.get_device_properties(0).total_memory

@@ -290,7 +290,6 @@ def test_precision_and_tiles_are_checked(file):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "similarity"), [("fp32", 0.99999), ("auto", 0.999), ("fp16", 0.999)])
 def test_a_gpu_gives_the_cpus_features(file, precision, similarity):
     random_weights("test_efficientnet", file)

@@ -17,7 +17,7 @@ from acmil.preprocessing.stain import MacenkoMap
 from acmil.preprocessing.tile_readers import ThreadReader
 from acmil.preprocessing.tiling import TileGrid
 
-pytestmark = pytest.mark.skipif(not ProcessReaders.is_available(), reason="memory is shared in this way on Linux")
+pytestmark = pytest.mark.skipif(not ProcessReaders.is_available(), reason="needs Linux: memory shared by memfd_create")
 
 TILE_PX = 32
 SHAPE = (5, TILE_PX, TILE_PX, 3)

@@ -17,7 +17,7 @@ from acmil.preprocessing.prepare import prepare_slide
 from acmil.preprocessing.slide import Slide
 from acmil.preprocessing.slide_list import SlideSource
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc of Linux")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux: reads /proc")
 LABEL_RGB = (255, 0, 255)
 
 
