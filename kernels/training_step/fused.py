@@ -94,13 +94,13 @@ class TrainingStep:
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
     ) -> None:
-        self.n_models, self.sizes = len(models), sizes_of(models[0])
+        self.n_models = len(models)
         if not 1 <= self.n_models <= MOST_MODELS.value or len(seeds) != self.n_models:
             raise ValueError(
                 f"models must be 1 to {MOST_MODELS.value}, with a seed each, got {self.n_models} and {len(seeds)} "
                 "seeds."
             )
-        sizes = self.sizes
+        self.sizes = sizes = sizes_of(models[0])
         if any(sizes_of(model) != sizes for model in models):
             raise ValueError(f"models must have the same sizes, got {sorted({sizes_of(model) for model in models})}.")
         if features.dim() != 2 or features.shape[1] != sizes.features:

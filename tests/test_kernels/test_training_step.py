@@ -271,6 +271,8 @@ def test_what_is_refused(device):
         schedule(step, bags, [0, 0])
     with pytest.raises(ValueError, match="models must be 1 to 32, with a seed each, got 33 and 33 seeds"):
         make_step(sizes, [60], device, seeds=tuple(range(33)))
+    with pytest.raises(ValueError, match="got 0 and 0 seeds"):
+        make_step(sizes, [60], device, seeds=())
     wrong = make_parameters(sizes)._replace(v_bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"v_bias must have shape \(16,\), got \(3,\)"):
         sizes_of(wrong)
