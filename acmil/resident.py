@@ -2,16 +2,15 @@
 
 Same recipe as `acmil.training.fit`, order of bags included. Runs of one kind of model form groups, whose steps are
 taken together: one graph is a step of each. Nothing within an epoch waits for the host: the next epoch is queued before
-the figures of the last are read. The masks come from the kernels' own generator, and validation
-computes in the precision of training.
+the figures of the last are read. The masks come from the kernels' own generator, and validation computes in the
+precision of training.
 """
 
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +24,7 @@ from acmil.kernels.training_step.fused import TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
 from acmil.kernels.training_step.validation import ROWS_AT_ONCE, ValidationPass
 from acmil.precision import Precision
+from acmil.resident_features import RING, Lane, Place, Sets, Store, free_bytes
 from acmil.selection import EpochRecord, Selection
 from acmil.training import (
     N_TOP,
@@ -33,7 +33,6 @@ from acmil.training import (
     another_seed,
     assess,
     check_same_run,
-    checked_bags,
     learning_rate_at,
     mean_losses,
     run_settings,
@@ -41,7 +40,6 @@ from acmil.training import (
 )
 
 if TYPE_CHECKING:
-    from acmil.bags import Bag
     from acmil.engine import TrainingJob
 
 _NAMES = (  # in a state dict, in the order of `GatedParameters`
@@ -49,9 +47,7 @@ _NAMES = (  # in a state dict, in the order of `GatedParameters`
     "gate_u.bias", "score.weight", "score.bias", "branch_head.bias", "bag_head.bias",
 )  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
-_RING = 3  # bags of a run that may be on their way, or in use, when features are streamed
 _GROUP = 13  # runs whose steps are taken together; 25 are two groups
-_READERS = 8  # threads that read feature files
 _GROWTH = 1.25  # a graph serves bags that differ by at most this factor
 _LEAST_ROWS = 128
 
@@ -93,10 +89,10 @@ def fit_resident(
         if on_result is not None:
             on_result(number, result)
 
-    sets: dict[int, _Sets] = {}
+    sets: dict[int, Sets] = {}
     for number, job in enumerate(jobs):
         try:
-            sets[number] = _Sets.of(job)
+            sets[number] = Sets.of(job)
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
     sizes = {slide.n_features for one in sets.values() for slide in one.all}
@@ -117,7 +113,7 @@ class _Plan(NamedTuple):
     """Which runs train together, and the room that they need."""
 
     jobs: "Sequence[TrainingJob]"
-    sets: "Mapping[int, _Sets]"  # of the jobs whose bags may be used
+    sets: "Mapping[int, Sets]"  # of the jobs whose bags may be used
     device: torch.device
     score: Score
     precision: Precision
@@ -141,7 +137,7 @@ class _Plan(NamedTuple):
         slides = {slide.name: slide for number in numbers for slide in self.sets[number].all}
         row_bytes = next(iter(slides.values())).n_features * self.dtype.itemsize
         lengths = [slide.n_rows for slide in slides.values()]
-        return min(sum(lengths), len(numbers) * _RING * max(lengths)) * row_bytes <= self._room(numbers)
+        return min(sum(lengths), len(numbers) * RING * max(lengths)) * row_bytes <= self._room(numbers)
 
     def _room(self, numbers: list[int]) -> int:
         """Bytes for features."""
@@ -151,7 +147,7 @@ class _Plan(NamedTuple):
             _scratch_bytes([(self.jobs[number], self.sets[number]) for number in members], self.dtype)
             for members in self._groups(numbers)
         )
-        return int(_free_bytes(self.device) * _SHARE_OF_MEMORY) - scratch
+        return int(free_bytes(self.device) * _SHARE_OF_MEMORY) - scratch
 
     def _groups(self, numbers: list[int]) -> list[list[int]]:
         """Runs whose steps can be taken together: as few groups as may be, of about one size."""
@@ -167,15 +163,15 @@ class _Plan(NamedTuple):
     def train(self, numbers: list[int]) -> None:
         """Train some runs together."""
         slides = [slide for number in numbers for slide in self.sets[number].all]
-        store = _Store(slides, self.dtype, self.device, self._room(numbers), len(numbers))
+        store = Store(slides, self.dtype, self.device, self._room(numbers), len(numbers))
         try:
             groups, first_row = [], store.ring_start
             for members in self._groups(numbers):
                 runs = self._begin(members, store)
-                slots = _RING * len(members)
+                slots = RING * len(members)
                 try:
                     if runs:
-                        groups.append(_Group(runs, store, _Lane(store, first_row, slots)))
+                        groups.append(_Group(runs, store, Lane(store, first_row, slots)))
                 except Exception as error:  # noqa: BLE001  of this group alone
                     for number in runs:
                         self.finish(number, error)
@@ -184,7 +180,7 @@ class _Plan(NamedTuple):
         finally:
             store.close()
 
-    def _begin(self, members: list[int], store: "_Store") -> "dict[int, _Run]":
+    def _begin(self, members: list[int], store: "Store") -> "dict[int, _Run]":
         """The runs of a group, but for those that cannot begin."""
         runs: dict[int, _Run] = {}
         for number in members:
@@ -225,171 +221,6 @@ def _train(groups: "list[_Group]", finish: Callable[[int, FitResult | Exception]
             finish(number, result)
 
 
-class _Slide(NamedTuple):
-    """A bag by its name; its features are read when they are needed."""
-
-    name: str
-    label: int
-    n_rows: int
-    n_features: int
-    bags: "Sequence[Bag]"
-    number: int  # in the bags
-
-    def read(self) -> Tensor:
-        """Features as stored, (N, D)."""
-        return torch.from_numpy(np.array(self.bags[self.number].features))
-
-
-class _Sets(NamedTuple):
-    """The bags of one run."""
-
-    train: list[_Slide]
-    val: list[_Slide]
-
-    @property
-    def all(self) -> list[_Slide]:
-        return [*self.val, *self.train]
-
-    @classmethod
-    def of(cls, job: "TrainingJob") -> "_Sets":
-        n_classes = job.model.options["n_classes"]
-        return cls(_slides(job.train_bags, "train", n_classes), _slides(job.val_bags, "val", n_classes))
-
-
-def _slides(bags: "Sequence[Bag]", name: str, n_classes: int) -> list[_Slide]:
-    """The bags of a set by their names."""
-    slides = []
-    for number, bag in enumerate(checked_bags(bags, name, n_classes)):
-        assert bag.label is not None
-        n_rows, n_features = bag.features.shape
-        slides.append(_Slide(bag.slide_id, bag.label, n_rows, n_features, bags, number))
-    return slides
-
-
-class _Place(NamedTuple):
-    """Where a bag's features are."""
-
-    name: str
-    n_rows: int
-    start: int | None  # row on the device; None: streamed
-    host: Tensor | None  # (N, D), page-locked, if streamed
-
-
-class _Store:
-    """Features of all bags in the type to compute in: rows on the device, a ring behind them, and what is streamed."""
-
-    def __init__(self, slides: list[_Slide], dtype: torch.dtype, device: torch.device, room: int, runs: int) -> None:
-        self.device = device
-        distinct = {slide.name: slide for slide in reversed(slides)}
-        distinct = {slide.name: distinct[slide.name] for slide in slides}  # in order of first use
-        n_features = slides[0].n_features
-        row_bytes = n_features * dtype.itemsize
-        self.slot_rows = 0
-        on_device = sum(slide.n_rows for slide in distinct.values())
-        if on_device * row_bytes > room:
-            self.slot_rows = max(slide.n_rows for slide in distinct.values())
-            on_device = max(0, room // row_bytes - runs * _RING * self.slot_rows)
-        starts, row = {}, 0
-        for slide in distinct.values():
-            if row + slide.n_rows <= on_device:
-                starts[slide.name], row = row, row + slide.n_rows
-        self.ring_start = row
-        self.features = torch.empty((row + runs * _RING * self.slot_rows, n_features), dtype=dtype, device=device)
-        self.features[row:].zero_()  # rows behind a short bag are read, though never used
-        self._locked: list[Tensor] = []
-        self.places: dict[str, _Place] = {}
-        finite = torch.ones(len(distinct), dtype=torch.bool, device=device)
-        for number, (slide, stored) in enumerate(_read(list(distinct.values()))):
-            features = stored.to(device).to(dtype)
-            finite[number] = features.isfinite().all()
-            start, host = starts.get(slide.name), None
-            if start is None:
-                host = self._lock(features.cpu())
-            else:
-                self.features[start : start + slide.n_rows] = features
-            self.places[slide.name] = _Place(slide.name, slide.n_rows, start, host)
-        self._not_finite = {name for name, good in zip(distinct, finite.tolist(), strict=True) if not good}
-        self.ready_since = time.perf_counter()
-
-    def places_of(self, slides: list[_Slide]) -> list[_Place]:
-        """Where slides are.
-
-        Raises:
-            ValueError: If the features of one are not finite.
-        """
-        for slide in slides:
-            if slide.name in self._not_finite:
-                raise ValueError(
-                    f"features must be finite, got NaN or Inf in bag '{slide.name}'. Preprocess the slide again."
-                )
-        return [self.places[slide.name] for slide in slides]
-
-    def _lock(self, tensor: Tensor) -> Tensor:
-        """Page-lock memory where it is: an allocation of page-locked memory may be twice as large as asked for."""
-        if self.device.type == "cuda":
-            status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-            if int(status) == 0:
-                self._locked.append(tensor)
-        return tensor
-
-    def close(self) -> None:
-        """Wait for what is under way, and release the page locks."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        while self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._locked.pop().data_ptr())
-
-
-class _Lane:
-    """A stream on which the steps of a group are queued, with its own slots of the ring."""
-
-    def __init__(self, store: _Store, first_row: int, slots: int) -> None:
-        self.store = store
-        self.on_gpu = store.device.type == "cuda"
-        self._first_row, self._slots = first_row, slots
-        self._slot = 0
-        if self.on_gpu:
-            self.stream, self._copies = torch.cuda.Stream(store.device), torch.cuda.Stream(store.device)
-            self._free: list[torch.cuda.Event | None] = [None] * slots
-
-    def current(self) -> Any:
-        """The context in which work is queued on this lane."""
-        return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
-
-    def starts_of(self, places: Sequence[_Place]) -> list[int]:
-        """The rows where bags will begin, if `at` is entered for each of them in this order."""
-        starts, slot = [], self._slot
-        for place in places:
-            if place.start is None:
-                starts.append(self._first_row + slot * self.store.slot_rows)
-                slot = (slot + 1) % self._slots
-            else:
-                starts.append(place.start)
-        return starts
-
-    @contextmanager
-    def at(self, place: _Place) -> Iterator[int]:
-        """The row where a bag begins; within, what is queued on the lane may read the bag there."""
-        if place.start is not None:
-            yield place.start
-            return
-        assert place.host is not None
-        slot, self._slot = self._slot, (self._slot + 1) % self._slots
-        start = self._first_row + slot * self.store.slot_rows
-        target = self.store.features[start : start + place.n_rows]
-        if not self.on_gpu:
-            target.copy_(place.host)
-            yield start
-            return
-        with torch.cuda.stream(self._copies):
-            if (free := self._free[slot]) is not None:
-                self._copies.wait_event(free)
-            target.copy_(place.host, non_blocking=True)
-        self.stream.wait_stream(self._copies)
-        yield start
-        self._free[slot] = self.stream.record_event()
-
-
 class _Snapshot(NamedTuple):
     """What an epoch left, copied in the order of the stream."""
 
@@ -410,14 +241,14 @@ class _Epoch(NamedTuple):
 
     number: int
     order: list[int]
-    bags: list[_Place]
+    bags: list[Place]
     rates: list[float]
 
 
 class _Run:
     """One run: its bags, its history, and its place in the steps of a group."""
 
-    def __init__(self, job: "TrainingJob", sets: _Sets, store: _Store, score: Score, precision: Precision) -> None:
+    def __init__(self, job: "TrainingJob", sets: Sets, store: Store, score: Score, precision: Precision) -> None:
         self.job, self.score = job, score
         n_features = job.model.options["in_features"]
         if n_features != store.features.shape[1]:
@@ -446,7 +277,7 @@ class _Run:
                 raise ValueError(f"the optimizer's state must have shapes {expected}, got {found}.")
         self.finished = store.ready_since
 
-    def join(self, step: TrainingStep, validation: ValidationPass, place: int, lane: _Lane) -> None:
+    def join(self, step: TrainingStep, validation: ValidationPass, place: int, lane: Lane) -> None:
         """Take a place in the steps of a group."""
         self.step, self.validation, self.place, self.lane = step, validation, place, lane
         if self.job.state is not None:
@@ -563,7 +394,7 @@ class _Run:
 class _Group:
     """Runs that take their steps together; a single one does so by graphs for the sizes of its bags."""
 
-    def __init__(self, numbered: dict[int, _Run], store: _Store, lane: _Lane) -> None:
+    def __init__(self, numbered: dict[int, _Run], store: Store, lane: Lane) -> None:
         runs = list(numbered.values())
         self.runs, self.members, self.lane, job = numbered, runs, lane, runs[0].job
         if lane.on_gpu:
@@ -644,7 +475,7 @@ class _Group:
                 self.members[place].end_epoch(epoch)
 
     @contextmanager
-    def _in_place(self, bags: Iterable[_Place]) -> Iterator[None]:
+    def _in_place(self, bags: Iterable[Place]) -> Iterator[None]:
         """Within, what is queued on the lane may read these bags."""
         with ExitStack() as in_use:
             for bag in bags:
@@ -672,20 +503,7 @@ def bucket_sizes(lengths: Sequence[int]) -> list[int]:
     return [most[bucket] for bucket in buckets]
 
 
-def _read(slides: list[_Slide]) -> Iterator[tuple[_Slide, Tensor]]:
-    """Slides with their features as stored, read by several threads, a few ahead."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[tuple[_Slide, Future[Tensor]]] = deque()
-        for slide in slides:
-            waiting.append((slide, pool.submit(slide.read)))
-            if len(waiting) > 2 * _READERS:
-                first, features = waiting.popleft()
-                yield first, features.result()
-        for slide, features in waiting:
-            yield slide, features.result()
-
-
-def _scratch_bytes(members: "Sequence[tuple[TrainingJob, _Sets]]", dtype: torch.dtype) -> int:
+def _scratch_bytes(members: "Sequence[tuple[TrainingJob, Sets]]", dtype: torch.dtype) -> int:
     """About what a group needs beside the features."""
     options: Mapping[str, Any] = members[0][0].model.options
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
@@ -696,14 +514,6 @@ def _scratch_bytes(members: "Sequence[tuple[TrainingJob, _Sets]]", dtype: torch.
     val_row = hidden * dtype.itemsize + of_scores
     val_rows = max(len(members) * longest_val, min(ROWS_AT_ONCE, MOST_MODELS.value * longest_val))
     return len(members) * (longest * row + 128 * 2**20) + val_rows * val_row
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What may be allocated, the allocator's own reserve included."""
-    if device.type != "cuda":
-        return 2**62
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def _to_host(tensor: Tensor) -> Tensor:
