@@ -4,8 +4,8 @@
     python benchmarks/tune_tiles.py --device cpu --sizes 100:32:32 --launches gate    # a smoke run in the interpreter
 
 The step with the tiles in use comes first and last: what differs less than these two is noise. The gradients with each
-tile are held against the first's, by norm. Into how many shares the rows are cut for the weights' gradients follows from
-the bag alone, whatever its tile.
+tile are held against the first's, by norm. Into how many shares the rows are cut for the gradients of the weights
+follows from the bag alone, whatever the tile.
 """
 
 import argparse
