@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost twentyfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
+    import torch  # after the environment above, which it reads as it is loaded
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
