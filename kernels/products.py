@@ -50,6 +50,20 @@ def tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def held_beside(x, other, FAST: tl.constexpr):
+    """x float32 as it is, distributed over the threads as `other` is, of the same shape.
+
+    Where x is needed in two distributions the compiler would rather work out twice all that follows from it.
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1; // $2", "=f,f,f", [x, other], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
 def sigmoid(x, FAST: tl.constexpr):
     """Logistic function."""
     if FAST:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.models import block_ends, count_blocks, find_model
-from acmil.kernels.products import dot_of_pairs, sigmoid, tanh, wait_for_previous
+from acmil.kernels.products import dot_of_pairs, held_beside, sigmoid, tanh, wait_for_previous
 from acmil.kernels.signs import sign_words, unpack_signs
 from acmil.kernels.slots import hold_within, used_rows
 
@@ -29,25 +29,24 @@ def pool_gradient(
     attention, projections, d_attended, d_pairs_ptr, correction_ptr,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient `dS = P ⊙ (dP − Σ_n P dP)` of a block of rows of one bag, (BN, BK).
+    """The gradient `dS = P ⊙ (dP − Σ_n P dP)` of a block of rows of one bag, (BK, BN).
 
-    `dP = (H Wᵀ) Mᵀ + P dG`, with M (K, Q) the gradients of the pooled projections and `dG` symmetrised; the sum over
+    `dP = M (H Wᵀ)ᵀ + dG P`, with M (K, Q) the gradients of the pooled projections and `dG` symmetrised; the sum over
     the bag needs no pass over the rows and is given.
     """
     branch = tl.arange(0, BK)
-    d_attention = tl.zeros((BN, BK), tl.float32)
-    d_attention = dot_of_pairs(projections, tl.trans(d_attended), d_attention, PRECISION)
+    d_attention = dot_of_pairs(d_attended, projections, tl.zeros((BK, BN), tl.float32), PRECISION)
     if PAIRS:
         pair_fits = (branch < K)[:, None] & (branch < K)[None, :]
         d_pairs = tl.load(d_pairs_ptr + branch[:, None] * K + branch[None, :], mask=pair_fits, other=0.0)
-        d_attention = dot_of_pairs(attention, d_pairs, d_attention, PRECISION)
+        d_attention = dot_of_pairs(d_pairs, attention, d_attention, PRECISION)
     correction = tl.load(correction_ptr + branch, mask=branch < K, other=0.0)
-    return attention * (d_attention - correction[None, :])
+    return attention * (d_attention - correction[:, None])
 
 
 @triton.jit
 def gate_backward_kernel(
-    gate_ptr, w_ptr, d_scores_ptr, scores_ptr, maxima_ptr, inverses_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr,
+    arguments, w_ptr, d_scores_ptr, scores_ptr, maxima_ptr, inverses_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr,
     correction_ptr, d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, parameters, score_stride,
     n_programs,
     A: tl.constexpr, K: tl.constexpr, C: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
@@ -58,6 +57,9 @@ def gate_backward_kernel(
 
     What reaches the scores comes as `d_scores`, or (POOL, one bag) is worked out here from the gradients of the logits:
     then those of the projections follow those of the gate, G = 2A + BQ numbers a row. Every model has `n_programs`.
+    Everything stands with gates along the lines and rows along the columns: what the threads hold of a product is then
+    what the sums' products take, without an exchange. `arguments` is a descriptor, and there must be numbers behind the
+    rows used, up to a whole block.
     """
     wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
@@ -83,64 +85,62 @@ def gate_backward_kernel(
     projection = tl.arange(0, BQ)
     branch_fits = branch < K
     gate_fits = gate < A
-    w_fits = branch_fits[:, None] & gate_fits[None, :]
-    w = tl.load(w_ptr + branch[:, None] * A + gate[None, :], mask=w_fits, other=0.0).to(dtype)
+    w_fits = branch_fits[None, :] & gate_fits[:, None]
+    w = tl.load(w_ptr + branch[None, :] * A + gate[:, None], mask=w_fits, other=0.0).to(dtype)
     if POOL:
         d_attended = load_head_gradients(d_logits_ptr, K, C, BK, BQ)
+        maximum = tl.load(maxima_ptr + branch, mask=branch_fits, other=0.0)
+        inverse = tl.load(inverses_ptr + branch, mask=branch_fits, other=0.0)
     v_total = tl.zeros((BA, BK), tl.float32)
     u_total = tl.zeros((BA, BK), tl.float32)
     w_total = tl.zeros((BA, BK), tl.float32)
-    b_total = tl.zeros((BK,), tl.float32)
+    b_total = tl.zeros((BK, BN), tl.float32)
     for block in range(program, tl.cdiv(used, BN), n_programs):
         first = block * BN
-        matrix_row = tl.cast(matrix_first + first, tl.int64)
+        matrix_row = matrix_first + first
         row_fits = row < used - first
-        fits = row_fits[:, None] & gate_fits[None, :]
-        scores_fit = row_fits[:, None] & branch_fits[None, :]
-        gate_block_ptr = gate_ptr + matrix_row * (2 * A)
-        d_gate_block_ptr = d_gate_ptr + matrix_row * G
-        at = row[:, None] * (2 * A) + gate[None, :]
-        of_v = tl.load(gate_block_ptr + at, mask=fits, other=0.0)
-        of_u = tl.load(gate_block_ptr + A + at, mask=fits, other=0.0)
-        scores_at = branch[None, :] * score_stride + row[:, None]
+        fits = gate_fits[:, None] & row_fits[None, :]
+        scores_fit = branch_fits[:, None] & row_fits[None, :]
+        of_v = arguments.load([matrix_row, 0]).T
+        of_u = arguments.load([matrix_row, A]).T
+        d_gate_block_ptr = d_gate_ptr + tl.cast(matrix_row, tl.int64) * G
+        scores_at = branch[:, None] * score_stride + row[None, :]
         if POOL:
-            maximum = tl.load(maxima_ptr + branch, mask=branch_fits, other=0.0)
-            inverse = tl.load(inverses_ptr + branch, mask=branch_fits, other=0.0)
             scores = tl.load(scores_ptr + first + scores_at, mask=scores_fit, other=float("-inf"))
-            attention = tl.exp(scores - maximum[None, :]) * inverse[None, :]  # exactly 0 where masked
-            d_projected = dot_of_pairs(attention, d_attended, tl.zeros((BN, BQ), tl.float32), PRECISION)
-            d_projected_at = row[:, None] * G + 2 * A + projection[None, :]
-            tl.store(d_gate_block_ptr + d_projected_at, d_projected.to(dtype), mask=row_fits[:, None])
-            projected_at = projection[None, :] * score_stride + row[:, None]
-            projected_fit = row_fits[:, None] & (projection < (K + 1) * C)[None, :]
+            attention = tl.exp(scores - maximum[:, None]) * inverse[:, None]  # exactly 0 where masked
+            d_projected = dot_of_pairs(tl.trans(d_attended), attention, tl.zeros((BQ, BN), tl.float32), PRECISION)
+            d_projected_at = row[None, :] * G + 2 * A + projection[:, None]
+            tl.store(d_gate_block_ptr + d_projected_at, d_projected.to(dtype), mask=row_fits[None, :])
+            projected_at = projection[:, None] * score_stride + row[None, :]
+            projected_fit = row_fits[None, :] & (projection < (K + 1) * C)[:, None]
             projections = tl.load(projections_ptr + first + projected_at, mask=projected_fit, other=0.0)
             d_scores = pool_gradient(
                 attention, projections, d_attended, d_pairs_ptr, correction_ptr, K, BN, BK, PAIRS, PRECISION
             )
-            d_scores = tl.where(row_fits[:, None], d_scores, 0.0)
+            d_scores = tl.where(row_fits[None, :], d_scores, 0.0)
         else:
             d_scores = tl.load(d_scores_ptr + first + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
         low = d_scores.to(dtype)
-        d_gate = tl.dot(low, w, input_precision=PRECISION)  # (BN, BA)
-        of_v = tanh(of_v.to(tl.float32), FAST)
-        of_u = sigmoid(of_u.to(tl.float32), FAST)
+        d_gate = tl.dot(w, low, input_precision=PRECISION)  # (BA, BN)
+        of_v = tanh(held_beside(of_v.to(tl.float32), d_gate, FAST), FAST)
+        of_u = sigmoid(held_beside(of_u.to(tl.float32), d_gate, FAST), FAST)
         product = of_v * of_u
         by_v = of_u - product * of_v  # dV'/dG, dU'/dG
         by_u = product - product * of_u
-        at = row[:, None] * G + gate[None, :]
+        at = row[None, :] * G + gate[:, None]
         tl.store(d_gate_block_ptr + at, (d_gate * by_v).to(dtype), mask=fits)
         tl.store(d_gate_block_ptr + A + at, (d_gate * by_u).to(dtype), mask=fits)
-        b_total += tl.sum(d_scores, axis=0)
-        w_total = tl.dot(tl.trans(product.to(dtype)), low, w_total, input_precision=PRECISION)
-        v_total = tl.dot(tl.trans(by_v.to(dtype)), low, v_total, input_precision=PRECISION)
-        u_total = tl.dot(tl.trans(by_u.to(dtype)), low, u_total, input_precision=PRECISION)
+        b_total += d_scores
+        w_total = tl.dot(product.to(dtype), low.T, w_total, input_precision=PRECISION)
+        v_total = tl.dot(by_v.to(dtype), low.T, v_total, input_precision=PRECISION)
+        u_total = tl.dot(by_u.to(dtype), low.T, u_total, input_precision=PRECISION)
     small_ptr += tl.program_id(0) * (2 * A + K * A + K)
-    of_branches = tl.trans(w).to(tl.float32)  # dbV = Σ_n dV' = Σ_k w_k Σ_n dS_k dV'/dG
+    of_branches = w.to(tl.float32)  # dbV = Σ_n dV' = Σ_k w_k Σ_n dS_k dV'/dG
     tl.store(small_ptr + gate, tl.sum(v_total * of_branches, axis=1), mask=gate_fits)
     tl.store(small_ptr + A + gate, tl.sum(u_total * of_branches, axis=1), mask=gate_fits)
     w_total_at = branch[None, :] * A + gate[:, None]
     tl.store(small_ptr + 2 * A + w_total_at, w_total, mask=(branch < K)[None, :] & gate_fits[:, None])
-    tl.store(small_ptr + 2 * A + K * A + branch, b_total, mask=branch < K)
+    tl.store(small_ptr + 2 * A + K * A + branch, tl.sum(b_total, axis=1), mask=branch < K)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def reduction_backward_kernel(
     signs_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, n_models, stride,
     model_rows, weight_rows,
     L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, SEVERAL: tl.constexpr,
-    D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """d(X W1ᵀ) = (dH + [dV' dU'] [V; U]) ⊙ [H > 0] in tiles of (BN, BL).
 
@@ -165,7 +165,7 @@ def reduction_backward_kernel(
     ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
     row = tl.arange(0, BN)
     n_blocks = count_blocks(ends, SEVERAL)
-    for tile in range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0), flatten=FLAT):
         model, block = find_model(n_blocks - 1 - tile // n_columns, ends, SEVERAL)
         if SEVERAL:
             used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)

@@ -183,12 +183,10 @@ def _gate_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
 
 def _reduction_backward_tile(n_rows: int, n_hidden: int, processors: int) -> Tile:
     """Tile of the backward of the reduction: the largest that leaves no processor without work."""
-    if n_hidden >= 256 and ceil_div(n_rows, 64) * ceil_div(n_hidden, 256) >= 2 * processors:
-        return Tile(64, 256, 64, 4, 2, 2)
-    columns = ceil_div(n_hidden, 128)
-    if ceil_div(n_rows, 128) * columns >= processors:
-        return Tile(128, 128, 64, 8, 4, 1)
-    return Tile(64, 128, 64, 4, 3, 2) if ceil_div(n_rows, 64) * columns >= processors else Tile(64, 64, 64, 4, 4, 2)
+    if n_hidden >= 256 and n_rows >= 128 * processors:
+        return Tile(128, 256, 64, 8, 3, 1)
+    n_tiles = ceil_div(n_rows, 64) * ceil_div(n_hidden, 128)
+    return Tile(64, 128, 64, 4, 3, 2) if n_tiles >= processors else Tile(64, 64, 64, 4, 4, 2)
 
 
 def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
@@ -293,7 +291,8 @@ def launch_gate_backward(
     n_lines = BRANCH_BLOCK if pool is None else pool.d_logits.shape[-1]
     n_programs = gate_backward_programs(rows.n_rows, tile, gate.device)
     gate_backward_kernel[(rows.models * n_programs,)](
-        gate, weights.score, d_scores, *((None,) * 7 if pool is None else pool), d_gate, small,
+        TensorDescriptor.from_tensor(gate, [tile.rows, tile.columns]), weights.score, d_scores,
+        *((None,) * 7 if pool is None else pool), d_gate, small,
         rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.parameters, strided.stride(0), n_programs,
         A=n_gate, K=n_branches, C=n_lines // (n_branches + 1), G=d_gate.shape[1], BN=tile.rows, BA=tile.columns,
         BK=BRANCH_BLOCK, BQ=power_of_2_at_least(n_lines), POOL=pool is not None,
@@ -320,14 +319,16 @@ def launch_reduction_backward(
     """
     n_hidden = d_reduced.shape[1]
     n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
-    reduction_backward_kernel[_grid(n_tiles, tile, d_gate.device)](
+    grid = _grid(n_tiles, tile, d_gate.device)
+    reduction_backward_kernel[grid](
         signs,
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
         TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
         d_hidden, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows, parts.weight_rows,
         L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
-        D_HIDDEN=d_hidden is not None, PACKED=rows.offsets is not None, **_options(d_gate, tile),
+        D_HIDDEN=d_hidden is not None, FLAT=n_tiles > grid[0], PACKED=rows.offsets is not None,
+        **_options(d_gate, tile),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from acmil.kernels.launch import ceil_div, chained, power_of_2_at_least, search_
 from acmil.kernels.top_k_masking.counts import share_of_pool
 from acmil.kernels.top_k_masking.kernels import mask_kernel
 
-BLOCK = 1024  # scores that a program holds at once, or twice as many in a long bag
-MOST_SLOTS = 64  # whose picks are merged in one go
+BLOCK = 1024  # scores that a warp holds at once, at most
+MOST_SLOTS = 64  # but for the longest bags
 
 
 def stochastic_top_k_mask(
@@ -43,14 +43,18 @@ def _(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offsets: Tensor | 
 
 
 def block_size(n_rows: int) -> int:
-    """Scores that a program holds at once."""
+    """Scores of a slot: as few as a warp finds fast, where that does not make too many slots."""
+    if n_rows <= 16 * BLOCK // 4:
+        return BLOCK // 4
+    if n_rows <= 32 * BLOCK // 2:
+        return BLOCK // 2
     return BLOCK if n_rows <= MOST_SLOTS * BLOCK else 2 * BLOCK
 
 
 def new_picks(n_lines: int, n_rows: int, n_bags: int, n_find: int, device: torch.device) -> Tensor:
-    """Room for the highest of each slot of up to `n_rows` scores, (R, slots, n) int64 keys."""
+    """Room for the highest of each slot of up to `n_rows` scores and their rows, (R, slots, 2, n) int32."""
     n_slots = max(MOST_SLOTS, ceil_div(n_rows, 2 * BLOCK)) + n_bags
-    return torch.empty((n_lines, n_slots, power_of_2_at_least(n_find)), dtype=torch.int64, device=device)
+    return torch.empty((n_lines, n_slots, 2, power_of_2_at_least(n_find)), dtype=torch.int32, device=device)
 
 
 @lru_cache
@@ -103,9 +107,10 @@ def launch_mask(
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
     block = block_size(n_rows)
     n_slots = ceil_div(n_rows, block)
+    places = power_of_2_at_least(n_find)
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
         scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
         n_lines // models, scores.stride(0), top_k, n_find,
-        BN=block, BP=power_of_2_at_least(n_find), KEEP=keep is not None, MAXIMA=maxima is not None,
-        PACKED=offsets is not None, SEARCH=search_steps(n_bags), num_warps=8, **chained(scores.device),
+        BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None, MAXIMA=maxima is not None,
+        PACKED=offsets is not None, SEARCH=search_steps(n_bags), num_warps=ceil_div(block, BLOCK), **chained(scores.device),
     )  # fmt: skip

@@ -7,41 +7,86 @@ import triton.language as tl
 from acmil.kernels.products import wait_for_previous
 from acmil.kernels.slots import find_slot, slot_size, slots_of_bag, used_rows
 
-NO_KEY: tl.constexpr = tl.constexpr(-(2**63))
+NO_SCORE: tl.constexpr = tl.constexpr(-(2**31))
+LAST_ROW: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def score_keys(scores, rows, fits):
-    """Whole numbers in the order of the scores; of equal scores the one of the lower row is the higher."""
+def score_keys(scores, fits):
+    """Whole numbers, 32 bits, in the order of the scores."""
     bits = scores.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)
-    return tl.where(fits, keys, NO_KEY)
+    return tl.where(fits, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), NO_SCORE)
 
 
 @triton.jit
-def find_top(keys, n_top, BP: tl.constexpr):
-    """The `n_top` highest of `keys`, falling, (BP,); what is left over is NO_KEY."""
+def key_scores(keys):
+    """The scores that `score_keys` made numbers of."""
+    return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def find_top(keys, rows, n_top, BP: tl.constexpr):
+    """The `n_top` highest keys, falling, and their rows, (BP,) each; of equal ones the lower row comes first.
+
+    What is left over is NO_SCORE and LAST_ROW. Two searches of 32 bits are faster than one of 64: a warp has an
+    instruction for them.
+    """
     place = tl.arange(0, BP)
-    picks = tl.full((BP,), NO_KEY, tl.int64)
+    top = tl.full((BP,), NO_SCORE, tl.int32)
+    top_rows = tl.full((BP,), LAST_ROW, tl.int32)
     for i in range(0, n_top):
         highest = tl.max(keys, axis=0)
-        keys = tl.where(keys == highest, NO_KEY, keys)
-        picks = tl.where(place == i, highest, picks)
-    return picks
+        row = tl.min(tl.where(keys == highest, rows, LAST_ROW), axis=0)
+        keys = tl.where(rows == row, NO_SCORE, keys)
+        rows = tl.where(rows == row, LAST_ROW, rows)
+        top = tl.where(place == i, highest, top)
+        top_rows = tl.where(place == i, row, top_rows)
+    return top, top_rows
 
 
 @triton.jit
-def merge_top(picks, keys, n_top, BP: tl.constexpr):
-    """The `n_top` highest of `picks` (BP,) and `keys`, falling; what is left over is NO_KEY."""
+def merge_top(top, top_rows, keys, rows, n_top, BP: tl.constexpr):
+    """The `n_top` highest of two sets of keys, as `find_top` gives them; rows are of one set alone."""
     place = tl.arange(0, BP)
-    merged = tl.full((BP,), NO_KEY, tl.int64)
+    merged = tl.full((BP,), NO_SCORE, tl.int32)
+    merged_rows = tl.full((BP,), LAST_ROW, tl.int32)
     for i in range(0, n_top):
-        highest = tl.maximum(tl.max(picks, axis=0), tl.max(keys, axis=0))
-        picks = tl.where(picks == highest, NO_KEY, picks)
-        keys = tl.where(keys == highest, NO_KEY, keys)
+        highest = tl.maximum(tl.max(top, axis=0), tl.max(keys, axis=0))
+        row = tl.min(tl.where(keys == highest, rows, LAST_ROW), axis=0)
+        row = tl.minimum(row, tl.min(tl.where(top == highest, top_rows, LAST_ROW), axis=0))
+        keys = tl.where(rows == row, NO_SCORE, keys)
+        rows = tl.where(rows == row, LAST_ROW, rows)
+        top = tl.where(top_rows == row, NO_SCORE, top)
+        top_rows = tl.where(top_rows == row, LAST_ROW, top_rows)
         merged = tl.where(place == i, highest, merged)
-    return merged
+        merged_rows = tl.where(place == i, row, merged_rows)
+    return merged, merged_rows
+
+
+@triton.jit
+def save_top(picks_ptr, slot, top, top_rows, BP: tl.constexpr):
+    """Write what was found in a slot; `picks_ptr` has room for 2 BP numbers a slot."""
+    place = tl.arange(0, BP)
+    tl.store(picks_ptr + slot * (2 * BP) + place, top)
+    tl.store(picks_ptr + slot * (2 * BP) + BP + place, top_rows)
+
+
+@triton.jit
+def top_of_slots(picks_ptr, count, n_top, BM: tl.constexpr, BP: tl.constexpr):
+    """The `n_top` highest of what was found in the first `count` slots, BM at a time."""
+    top = tl.full((BP,), NO_SCORE, tl.int32)
+    top_rows = tl.full((BP,), LAST_ROW, tl.int32)
+    for n in range(0, count * BP, BM):
+        at = n + tl.arange(0, BM)
+        fits = at < count * BP
+        at_ptr = picks_ptr + at // BP * (2 * BP) + at % BP
+        keys = tl.load(at_ptr, mask=fits, other=NO_SCORE)
+        rows = tl.load(at_ptr + BP, mask=fits, other=LAST_ROW)
+        if n == 0:
+            top, top_rows = find_top(keys, rows, n_top, BP)
+        else:
+            top, top_rows = merge_top(top, top_rows, keys, rows, n_top, BP)
+    return top, top_rows
 
 
 @triton.jit
@@ -61,7 +106,7 @@ def draw_masked(in_pool, n_drop, seed, step, row, BP: tl.constexpr):
 def mask_kernel(
     scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
     n_rows, n_bags, n_slots, stride, n_lines, score_stride, top_k, n_find,
-    BN: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr, PACKED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr, PACKED: tl.constexpr,
     SEARCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
@@ -85,42 +130,32 @@ def mask_kernel(
         line_ptr = scores_ptr + line.to(tl.int64) * score_stride
         rows = first + tl.arange(0, BN)  # a slot is one block: there are as many as the rows can fill
         fits = rows < end
-        keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), rows, fits)
-        picks = find_top(keys, n_find, BP)
-        if KEEP:
-            tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
-        first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
+        keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), fits)
         if PACKED:
             length = (tl.load(offsets_ptr + bag + 1) - tl.load(offsets_ptr + bag)).to(tl.int32)
         else:
             length = tl.zeros((), tl.int32) + n_rows
-        all_slots = tl.num_programs(1)
-        picks_line_ptr = picks_ptr + line * all_slots * BP
-        tl.store(picks_line_ptr + slot * BP + place, picks)
+        n_drop = tl.minimum(tl.load(n_drop_ptr + tl.minimum(top_k, length)), length - 1)
+        seed, step = tl.load(seed_ptr + model), tl.load(step_ptr + model * stride)
+        top, top_rows = find_top(keys, tl.where(fits, rows, LAST_ROW), n_find, BP)
+        if KEEP:
+            tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
+        first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
+        picks_line_ptr = picks_ptr + line * tl.num_programs(1) * (2 * BP)
+        save_top(picks_line_ptr, slot, top, top_rows, BP)
         tl.debug_barrier()  # every thread's writes come before the count below
         last = tl.atomic_add(arrived_ptr + line * n_bags + bag, 1, sem="acq_rel", scope="gpu") == count - 1
         if last:
             if count > 1:
-                at = tl.arange(0, BN)
-                keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
-                picks = find_top(keys, n_find, BP)
-                for n in range(BN, count * BP, BN):
-                    at = n + tl.arange(0, BN)
-                    keys = tl.load(picks_line_ptr + first_slot * BP + at, mask=at < count * BP, other=NO_KEY)
-                    picks = merge_top(picks, keys, n_find, BP)
-            n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length))
-            n_drop = tl.minimum(n_drop, length - 1)
-            in_pool = (picks != NO_KEY) & (place < top_k)
+                top, top_rows = top_of_slots(picks_line_ptr + first_slot * (2 * BP), count, n_find, BM, BP)
+            in_pool = (top_rows != LAST_ROW) & (place < top_k)
             number = (line - model * n_lines) * n_bags + bag
-            seed, step = tl.load(seed_ptr + model), tl.load(step_ptr + model * stride)
             masked = draw_masked(in_pool, n_drop, seed, step, number, BP)
-            masked_rows = 0x7FFFFFFF - (picks & 0x7FFFFFFF).to(tl.int32)
             if KEEP:
-                tl.store(keep_ptr + line.to(tl.int64) * n_rows + masked_rows, tl.zeros((BP,), tl.int8), mask=masked)
+                tl.store(keep_ptr + line.to(tl.int64) * n_rows + top_rows, tl.zeros((BP,), tl.int8), mask=masked)
             else:
-                tl.store(line_ptr + masked_rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
+                tl.store(line_ptr + top_rows, tl.full((BP,), float("-inf"), tl.float32), mask=masked)
             if MAXIMA:
-                highest = (tl.max(tl.where(masked, NO_KEY, picks), axis=0) >> 32).to(tl.int32)
-                bits = tl.where(highest < 0, highest ^ 0x7FFFFFFF, highest)
-                tl.store(maxima_ptr + line * n_bags + bag, bits.to(tl.float32, bitcast=True))
+                highest = tl.max(tl.where(masked, NO_SCORE, top), axis=0)
+                tl.store(maxima_ptr + line * n_bags + bag, key_scores(highest))
             tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch

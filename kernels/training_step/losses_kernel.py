@@ -200,7 +200,10 @@ def losses_kernel(
         tl.store(used_ptr + model, used)
     size = slot_size(used, n_slots, BN)
     first = slot * size
+    line = model * positions + tl.load(cursor_ptr)
     if first < used:
+        if slot == 0:
+            prepare_update(rates_ptr + line, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
         end = tl.minimum(first + size, used)
         sum_rows(
             scores_ptr, projections_ptr, maxima_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
@@ -208,8 +211,6 @@ def losses_kernel(
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
         if tl.atomic_add(arrived_ptr + model, 1, sem="acq_rel", scope="gpu") == count - 1:
-            position = tl.load(cursor_ptr)
-            line = model * positions + position
             total_ptr = sums_ptr + MOST * K * X
             sum_slots(sums_ptr, total_ptr, count, K * X, BS, AT_ONCE)
             tl.debug_barrier()  # they are read again in another order
@@ -218,6 +219,5 @@ def losses_kernel(
                 d_logits_ptr + model * (K + 1) * C, inverses_ptr + model * K, d_pairs_ptr + model * K * K,
                 correction_ptr + model * K, losses_ptr + line * 4, K, C, X, BK, BX,
             )  # fmt: skip
-            prepare_update(rates_ptr + line, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
             tl.store(used_ptr + model, used)
             tl.store(arrived_ptr + model, 0)

@@ -65,7 +65,7 @@ class ValidationPass:
         self.sums = torch.empty((n, 2 * _MOST_SLOTS + 1, self.block), device=device)
         self.maxima, self.inverses = torch.empty((2, n, s.branches), device=device)
         self.slots = ceil_div(longest, BLOCK)
-        self.picks = torch.empty((n, self.slots, power_of_2_at_least(n_top)), dtype=torch.int64, device=device)
+        self.picks = torch.empty((n, self.slots, 2, power_of_2_at_least(n_top)), dtype=torch.int32, device=device)
         self.entropies = torch.empty((n, self.slots), device=device)
         self.all_logits = torch.empty((n, self.positions + 1, s.classes), device=device)
         self.all_spread = torch.empty((n, self.positions + 1, 2), device=device)
@@ -106,7 +106,7 @@ class ValidationPass:
         spread_kernel[(n * self.slots,)](
             self.scores, self.maxima, self.inverses, self.picks, self.entropies, self.arrived[1], self.current,
             self.all_spread, self.cursor, self.bags, self.slots, self.positions, self.scores.stride(0), self.n_top,
-            K=s.branches, BN=BLOCK, BP=self.picks.shape[2], num_warps=8, **chained(device),
+            K=s.branches, BN=BLOCK, BP=self.picks.shape[3], num_warps=4, **chained(device),
         )  # fmt: skip
 
     def capture(self) -> "torch.cuda.CUDAGraph":

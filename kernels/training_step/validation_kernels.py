@@ -6,7 +6,7 @@ import triton.language as tl
 
 from acmil.kernels.products import wait_for_previous
 from acmil.kernels.slots import slot_size
-from acmil.kernels.top_k_masking.kernels import NO_KEY, find_top, merge_top, score_keys
+from acmil.kernels.top_k_masking.kernels import LAST_ROW, find_top, key_scores, save_top, score_keys, top_of_slots
 from acmil.kernels.training_step.update_kernel import next_bag
 
 
@@ -106,12 +106,11 @@ def spread_kernel(
     slot = tl.program_id(0) % n_slots
     bag = tl.program_id(0) // n_slots
     scores_ptr += tl.cast(bag * K, tl.int64) * score_stride
-    picks_ptr += bag * n_slots * BP
+    picks_ptr += bag * n_slots * (2 * BP)
     entropies_ptr += bag * n_slots
     used = tl.load(current_ptr + 2 * bag)
     size = slot_size(used, n_slots, BN)
     first = slot * size
-    place = tl.arange(0, BP)
     if slot == 0:  # the launch before this one has read it, and this one does not
         next_bag(cursor_ptr + bag * 6, bags_ptr + bag * positions * 3, positions, used)
     if first < used:
@@ -123,19 +122,16 @@ def spread_kernel(
             inverse = tl.load(inverses_ptr + bag * K + k)
             mean += tl.exp(score - tl.load(maxima_ptr + bag * K + k)) * inverse
         mean = mean / K
-        tl.store(picks_ptr + slot * BP + place, find_top(score_keys(mean, rows, fits), n_top, BP))
+        top, top_rows = find_top(score_keys(mean, fits), tl.where(fits, rows, LAST_ROW), n_top, BP)
+        save_top(picks_ptr, slot, top, top_rows, BP)
         positive = tl.where(mean > 0, mean, 1.0)  # of nothing 0 log 0 = 0
         tl.store(entropies_ptr + slot, tl.sum(-positive * tl.log(positive), axis=0))
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
         if tl.atomic_add(arrived_ptr + bag, 1, sem="acq_rel", scope="gpu") == count - 1:
+            top, top_rows = top_of_slots(picks_ptr, count, n_top, BN, BP)
+            mass = tl.sum(tl.where(top_rows != LAST_ROW, key_scores(top), 0.0), axis=0)
             at = tl.arange(0, BN)
-            picks = find_top(tl.load(picks_ptr + at, mask=at < count * BP, other=NO_KEY), n_top, BP)
-            for n in range(BN, count * BP, BN):
-                keys = tl.load(picks_ptr + n + at, mask=n + at < count * BP, other=NO_KEY)
-                picks = merge_top(picks, keys, n_top, BP)
-            mass = (picks >> 32).to(tl.int32).to(tl.float32, bitcast=True)  # of what is not below 0, the number itself
-            mass = tl.sum(tl.where(picks != NO_KEY, mass, 0.0), axis=0)
             entropy = tl.zeros((BN,), tl.float32)
             for n in range(0, count, BN):
                 entropy += tl.load(entropies_ptr + n + at, mask=n + at < count, other=0.0)
