@@ -51,7 +51,7 @@ def tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def held_beside(x, other, FAST: tl.constexpr):
-    """x float32 as it is, distributed over the threads as `other` is, of the same shape.
+    """Give back x, float32, distributed over the threads as `other` is, of the same shape.
 
     Where x is needed in two distributions the compiler would rather work out twice all that follows from it.
     """
@@ -70,3 +70,21 @@ def sigmoid(x, FAST: tl.constexpr):
         return 0.5 * tanh(0.5 * x, True) + 0.5
     else:
         return tl.sigmoid(x)
+
+
+@triton.jit
+def store_tile(matrix, tile, row, column, BN: tl.constexpr, BL: tl.constexpr):
+    """Write a tile (BN, BL) by a descriptor, whose blocks have a quarter of the columns where BL is 256.
+
+    The copies then need little of the shared memory, which is left to one more block of operands under way.
+    """
+    if BL == 256:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (BN, 2, BL // 2)), (0, 2, 1)))
+        first, second = tl.split(tl.permute(tl.reshape(left, (BN, 2, BL // 4)), (0, 2, 1)))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, (BN, 2, BL // 4)), (0, 2, 1)))
+        matrix.store([row, column], first)
+        matrix.store([row, column + BL // 4], second)
+        matrix.store([row, column + BL // 2], third)
+        matrix.store([row, column + BL // 4 * 3], fourth)
+    else:
+        matrix.store([row, column], tile)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.models import block_ends, count_blocks, find_model
-from acmil.kernels.products import dot_of_pairs, held_beside, sigmoid, tanh, wait_for_previous
+from acmil.kernels.products import dot_of_pairs, held_beside, sigmoid, store_tile, tanh, wait_for_previous
 from acmil.kernels.signs import sign_words, unpack_signs
 from acmil.kernels.slots import hold_within, used_rows
 
@@ -183,7 +183,8 @@ def reduction_backward_kernel(
             column = hold_within(first_column + tl.arange(0, BL), L, BL)
             at = tl.cast(matrix_row, tl.int64) * L + tl.minimum(row, used - first - 1)[:, None] * L + column[None, :]
             acc += tl.load(d_hidden_ptr + at).to(tl.float32)
-        d_reduced.store([matrix_row, first_column], tl.where(unpack_signs(words, BN, BL), acc, 0.0).to(d_reduced.dtype))
+        acc = tl.where(unpack_signs(words, BN, BL), acc, 0.0)
+        store_tile(d_reduced, acc.to(d_reduced.dtype), matrix_row, first_column, BN, BL)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from acmil.kernels.models import block_ends, count_blocks, find_model
-from acmil.kernels.products import sigmoid, tanh, wait_for_previous
+from acmil.kernels.products import sigmoid, store_tile, tanh, wait_for_previous
 from acmil.kernels.signs import pack_signs, sign_words
 from acmil.kernels.slots import used_rows
 
@@ -49,7 +49,8 @@ def reduce_kernel(
             at, fits = sign_words(model * model_rows + first, column, BN, BL, n_words)
             fits = fits & (tl.arange(0, BN) < used - first)[:, None]
             tl.store(signs_ptr + at, pack_signs(acc, BN, BL), mask=fits)
-        hidden.store([model * model_rows + first, column], tl.maximum(acc, 0.0).to(hidden.dtype))
+        reduced = tl.maximum(acc, 0.0).to(hidden.dtype)
+        store_tile(hidden, reduced, model * model_rows + first, column, BN, BL)
 
 
 @triton.jit

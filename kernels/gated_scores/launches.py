@@ -128,8 +128,10 @@ class Tiles(NamedTuple):
     weight_gradient: Tile
 
 
-def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Block sizes for a size of bag."""
+def choose_tiles(
+    n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, several: bool = False
+) -> Tiles:
+    """Block sizes for a size of bag, or for so many rows of several models' bags."""
     processors, whole_gate = n_processors(device), power_of_2_at_least(n_gate)
     if dtype == torch.float32:
         return Tiles(
@@ -143,9 +145,9 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
         gate=_gate_tile(n_rows, whole_gate, processors),
-        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3, 2),
+        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3 if n_rows > 64 * processors else 2, 2),
         reduction_backward=_reduction_backward_tile(n_rows, n_hidden, processors),
-        weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
+        weight_gradient=Tile(128, 256, 64, 8, 4 if several else 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
 
 
@@ -158,10 +160,10 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
     """Tile of the reduction: its worth is its speed on a full chip times the share of the chip its last wave fills."""
     best, best_worth = None, 0.0
     for tile, speed in (
-        (Tile(128, 256, 64, 8, 3, 1), 1.0),
+        (Tile(128, 256, 64, 8, 4, 1), 1.0),
         (Tile(128, 128, 64, 4, 4, 1), 0.95),
         (Tile(64, 128, 64, 4, 4, 2), 0.75),
-        (Tile(64, 64, 64, 4, 4, 2), 0.55),
+        (Tile(64, 64, 128, 4, 4, 1), 0.55),
     ):
         n_tiles = ceil_div(n_rows, tile.rows) * ceil_div(n_columns, tile.columns)
         used = n_columns / (ceil_div(n_columns, tile.columns) * tile.columns)
@@ -184,9 +186,9 @@ def _gate_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
 def _reduction_backward_tile(n_rows: int, n_hidden: int, processors: int) -> Tile:
     """Tile of the backward of the reduction: the largest that leaves no processor without work."""
     if n_hidden >= 256 and n_rows >= 128 * processors:
-        return Tile(128, 256, 64, 8, 3, 1)
-    n_tiles = ceil_div(n_rows, 64) * ceil_div(n_hidden, 128)
-    return Tile(64, 128, 64, 4, 3, 2) if n_tiles >= processors else Tile(64, 64, 64, 4, 4, 2)
+        return Tile(128, 256, 64, 8, 4, 1)
+    fills = ceil_div(n_rows, 64) * ceil_div(n_hidden, 128) >= processors
+    return Tile(64, 128, 64, 4, 3 if fills else 4, 2)
 
 
 def _grid(n_programs: int, tile: Tile, device: torch.device) -> tuple[int]:
@@ -199,6 +201,11 @@ def _options(tensor: Tensor, tile: Tile, *, fast: bool = False) -> dict[str, obj
     options: dict[str, object] = {"FAST": may_approximate(tensor.dtype, tensor.device)} if fast else {}
     options |= {"PRECISION": dot_precision(tensor.dtype), **chained(tensor.device)}
     return {**options, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _store_block(tile: Tile) -> list[int]:
+    """Block of the descriptor that `store_tile` writes a tile by."""
+    return [tile.rows, tile.columns // 4 if tile.columns == 256 else tile.columns]
 
 
 def new_signs(n_rows: int, n_hidden: int, device: torch.device) -> Tensor:
@@ -219,7 +226,7 @@ def launch_reduce(
     reduce_kernel[_grid(n_tiles, tile, hidden.device)](
         TensorDescriptor.from_tensor(features, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        TensorDescriptor.from_tensor(hidden, [tile.rows, tile.columns]),
+        TensorDescriptor.from_tensor(hidden, _store_block(tile)),
         signs, rows.x_first, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows,
         rows.bags_a_model,
         D=n_features, L=n_hidden, BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
@@ -283,6 +290,8 @@ def launch_gate_backward(
 ) -> None:
     """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
 
+    Behind the rows used, up to a whole block, `gate` must hold numbers.
+
     With `pool` in place of `d_scores`, those of the projections behind them: `d_gate` has (ΣN, 2A + 16 or more).
     """
     n_branches, n_gate = weights.score.shape
@@ -318,13 +327,15 @@ def launch_reduction_backward(
     overwritten.
     """
     n_hidden = d_reduced.shape[1]
+    if d_hidden is not None:  # which takes shared memory to bring to the threads
+        tile = tile._replace(stages=min(tile.stages, 3))
     n_tiles = rows.models * ceil_div(rows.n_rows, tile.rows) * ceil_div(n_hidden, tile.columns)
     grid = _grid(n_tiles, tile, d_gate.device)
     reduction_backward_kernel[grid](
         signs,
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
-        TensorDescriptor.from_tensor(d_reduced, [tile.rows, tile.columns]),
+        TensorDescriptor.from_tensor(d_reduced, _store_block(tile)),
         d_hidden, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows, parts.weight_rows,
         L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
         D_HIDDEN=d_hidden is not None, FLAT=n_tiles > grid[0], PACKED=rows.offsets is not None,

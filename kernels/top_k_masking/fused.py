@@ -111,6 +111,7 @@ def launch_mask(
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
         scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
         n_lines // models, scores.stride(0), top_k, n_find,
-        BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None, MAXIMA=maxima is not None,
-        PACKED=offsets is not None, SEARCH=search_steps(n_bags), num_warps=ceil_div(block, BLOCK), **chained(scores.device),
+        BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None,
+        MAXIMA=maxima is not None, PACKED=offsets is not None, SEARCH=search_steps(n_bags),
+        num_warps=ceil_div(block, BLOCK), **chained(scores.device),
     )  # fmt: skip

@@ -106,8 +106,8 @@ def draw_masked(in_pool, n_drop, seed, step, row, BP: tl.constexpr):
 def mask_kernel(
     scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
     n_rows, n_bags, n_slots, stride, n_lines, score_stride, top_k, n_find,
-    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr, PACKED: tl.constexpr,
-    SEARCH: tl.constexpr, CHAINED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr,
+    PACKED: tl.constexpr, SEARCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
 

@@ -218,7 +218,7 @@ class TrainingStep:
         rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, CURSOR, self.model_rows)
         device = self.features.device
         if tiles is None:
-            tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device)
+            tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device, several=m > 1)
         row_programs = gate_backward_programs(n_rows, tiles.gate_backward, device)
         if row_programs > self.small.shape[1]:
             raise ValueError(f"tiles.gate_backward must have at most 2 programs, got {tiles.gate_backward.programs}.")

@@ -60,12 +60,13 @@ def update_kernel(
     """Parameters in their flat order: matrices from split sums, the small ones from programs' sums, then head biases.
 
     A single branch's own head has no part in the loss, and is left as it is: `n_idle` numbers from `idle_first` on,
-    and the first half of the biases. Every model has `n_programs`; one that had no rows is left as it is. Working
+    and the first half of the biases. Every model has `n_programs`; one that had no rows is left as it is. The
+    last model comes first: its gradients are those that L2 still holds. Working
     copies of the first `n_reduction` numbers, whole blocks, of all models stand together, those of the other matrices
     from `work_rest` on, `work_rest_size` for each model.
     """
     wait_for_previous(CHAINED)
-    model = tl.program_id(0) // n_programs
+    model = tl.num_programs(0) // n_programs - 1 - tl.program_id(0) // n_programs
     program = tl.program_id(0) % n_programs
     n_small_programs = tl.cdiv(n_small, BS)
     used = tl.load(used_ptr + model)

@@ -62,15 +62,15 @@ def compile_step(n_rows, sizes, dtype, n_models=1):
     ValidationPass(step, longest=n_rows, n_bags=2, n_top=10).launch()
 
 
-def compile_operators(dtype):
+def compile_operators(n, dtype):
     from acmil.kernels.branch_pool.fused import masked_attention_pool
     from acmil.kernels.gated_scores.fused import gated_attention_scores
     from acmil.kernels.top_k_masking.fused import stochastic_top_k_mask
 
-    n, d, l, a, k = 2000, 384, 128, 128, 5  # noqa: E741
+    d, l, a, k = 384, 128 if n < 10_000 else 512, 128, 5  # noqa: E741
     shapes = [(n, d), (l, d), (a, l), (a,), (a, l), (a,), (k, a), (k,)]
     x, *weights = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-    offsets = torch.tensor([0, 1500, n])
+    offsets = torch.tensor([0, n - 500, n])
     hidden, scores = gated_attention_scores(x, *weights)
     keep = stochastic_top_k_mask(scores, top_k=10, ratio=0.6, generator=None, offsets=offsets)
     pooled, attention, gram = masked_attention_pool(hidden, scores, offsets, keep)
@@ -97,8 +97,8 @@ def main():
     for n_rows in (1_000, 17_000):
         compile_step(n_rows, Sizes(512, 256, 256, 16, 4), torch.bfloat16)
     compile_step(1_000, Sizes(64, 64, 256, 7, 32), torch.bfloat16)  # as many logits as are taken
-    for dtype in (torch.bfloat16, torch.float32):
-        compile_operators(dtype)
+    for n_rows, dtype in ((2_000, torch.bfloat16), (17_000, torch.bfloat16), (2_000, torch.float32)):
+        compile_operators(n_rows, dtype)
     for row in compiled.values():
         sys.stdout.write(json.dumps(row) + "\n")
 
