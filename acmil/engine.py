@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, MAX_LOGITS, runs_fused_kernels
+from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, MAX_LOGITS, MAX_TOP_K, runs_fused_kernels
 from acmil.precision import Precision
 from acmil.training import EpochRecord, FitResult, Score, fit
 
@@ -133,4 +133,6 @@ def _why_not_resident(device: torch.device, model: str, options: Mapping[str, An
     n_logits = (options["n_branches"] + 1) * options["n_classes"]
     if n_logits > MAX_LOGITS:
         return f"fused steps take at most {MAX_LOGITS} logits of all branches and the bag, got {n_logits}"
+    if options["mask_top_k"] >= MAX_TOP_K:
+        return f"fused steps mask among fewer than {MAX_TOP_K} tiles, got mask_top_k {options['mask_top_k']}"
     return None

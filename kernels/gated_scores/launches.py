@@ -24,6 +24,7 @@ from acmil.kernels.launch import (
 )
 
 _GATE_REST_BYTES = 10_240  # of shared memory, beside what the gate has under way
+_STAGES_REST_BYTES = 1_024  # the same for the gradients of the weights
 LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partial sum
 
 
@@ -388,7 +389,10 @@ def launch_weight_gradient(
     n_features, n_hidden, n_columns = features.shape[1], hidden.shape[1], d_gate.shape[1]
     tiles = count_gradient_tiles(n_features, n_hidden, n_gate, tile, heads=n_heads > 0)
     n_splits = shares.most(rows.n_rows)
-    left, right, lines = [tile.depth, tile.rows], [tile.depth, tile.columns], max(1, n_columns - 2 * n_gate)
+    lines = max(1, n_columns - 2 * n_gate)
+    stage_bytes = tile.depth * (tile.columns + max(tile.rows, lines)) * hidden.element_size()
+    tile = tile._replace(stages=max(1, min(tile.stages, (SHARED_BYTES - _STAGES_REST_BYTES) // stage_bytes)))
+    left, right = [tile.depth, tile.rows], [tile.depth, tile.columns]
     d_projected = TensorDescriptor.from_tensor(d_gate[:, 2 * n_gate :], [tile.depth, lines]) if n_heads > 0 else None
     weight_gradient_kernel[(rows.models * tiles * n_splits,)](
         TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),

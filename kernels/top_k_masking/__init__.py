@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from acmil.kernels.checks import check_shape, count_bags
-from acmil.kernels.launch import takes_fused_path
+from acmil.kernels.launch import MAX_TOP_K, takes_fused_path
 from acmil.kernels.top_k_masking import reference
 from acmil.kernels.top_k_masking.counts import n_masked
 
 __all__ = ["n_masked", "stochastic_top_k_mask"]
-
-MAX_TOP_K = 256  # of the fused kernel
 
 
 def stochastic_top_k_mask(

@@ -108,10 +108,11 @@ def launch_mask(
     block = block_size(n_rows)
     n_slots = ceil_div(n_rows, block)
     places = power_of_2_at_least(n_find)
+    warps = max(ceil_div(block, BLOCK), min(8, places * places // 4096))  # a large pool is compared with itself
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
         scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
         n_lines // models, scores.stride(0), top_k, n_find,
         BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None,
         MAXIMA=maxima is not None, PACKED=offsets is not None, SEARCH=search_steps(n_bags),
-        num_warps=ceil_div(block, BLOCK), **chained(scores.device),
+        num_warps=warps, **chained(scores.device),
     )  # fmt: skip

@@ -163,6 +163,7 @@ class TrainingStep:
         self.hidden = torch.empty((m * n_rows, s.hidden), dtype=dtype, device=device)
         self.signs = new_signs(m * n_rows, s.hidden, device)
         self.d_reduced = torch.empty_like(self.hidden)
+        # Rows behind a bag are multiplied too, and left out or times 0: they must be numbers.
         self.gate = torch.zeros((m * n_rows, 2 * s.gate), dtype=dtype, device=device)
         columns = 2 * s.gate + power_of_2_at_least(s.n_logits)
         self.d_gate = torch.zeros((m * n_rows, columns), dtype=dtype, device=device)

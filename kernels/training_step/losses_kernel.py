@@ -180,6 +180,8 @@ def losses_kernel(
 ):  # fmt: skip
     """Sum the scores and projections of a slot of rows; the program that comes last does the rest of the middle.
 
+    The factors of AdamW, which depend on no row, are the first slot's.
+
     The logits are sums over the rows, `W z = Σ_n P (H Wᵀ)`, so that the rows of H are not needed here. The maxima of
     the scores are given, (K,), and what their exponentials sum up to is written, inverted. Behind the sums of the slots
     there is room for the bag's. `cursor` holds position, first row, 0, length, label and step number.

@@ -97,6 +97,7 @@ def main():
     for n_rows in (1_000, 17_000):
         compile_step(n_rows, Sizes(512, 256, 256, 16, 4), torch.bfloat16)
     compile_step(1_000, Sizes(64, 64, 256, 7, 32), torch.bfloat16)  # as many logits as are taken
+    compile_step(10_000, Sizes(64, 256, 128, 7, 32), torch.bfloat16, 2)
     for n_rows, dtype in ((2_000, torch.bfloat16), (17_000, torch.bfloat16), (2_000, torch.float32)):
         compile_operators(n_rows, dtype)
     for row in compiled.values():

@@ -276,6 +276,7 @@ def test_engine_on_a_gpu():
     assert "one bag a step, 4 are asked for" in choose(batch_size=4).reason
     assert "hidden_features 20" in choose(hidden_features=20).reason
     assert "at most 256 logits of all branches and the bag, got 480" in choose(n_branches=15, n_classes=30).reason
+    assert "fewer than 256 tiles, got mask_top_k 256" in choose(mask_top_k=256).reason
     (result,) = fit_jobs([make_job()], engine="resident", device=device, score=score, precision="bf16")
     assert len(result.history) == 3
 
