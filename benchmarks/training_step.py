@@ -144,10 +144,9 @@ def make_group(shape: Shape, dtype: torch.dtype, device: torch.device, n_models:
 
 
 def poison(step: Any) -> None:
-    """Fill every buffer that a step should write with NaN; what lies behind the gate's arguments must be numbers."""
-    step.gate.fill_(-20.0)
+    """Fill every buffer that a step should write with NaN."""
     buffers = (
-        step.hidden, step.d_gate, step.d_reduced, step.scores, step.projections, step.sums,
+        step.hidden, step.gate, step.d_gate, step.d_reduced, step.scores, step.projections, step.sums,
         step.maxima, step.inverses, step.d_logits, step.d_pairs, step.correction, step.small, step.large, step.losses,
     )  # fmt: skip
     for buffer in buffers:

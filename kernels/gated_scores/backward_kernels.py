@@ -58,8 +58,7 @@ def gate_backward_kernel(
     What reaches the scores comes as `d_scores`, or (POOL, one bag) is worked out here from the gradients of the logits:
     then those of the projections follow those of the gate, G = 2A + BQ numbers a row. Every model has `n_programs`.
     Everything stands with gates along the lines and rows along the columns: what the threads hold of a product is then
-    what the sums' products take, without an exchange. `arguments` is a descriptor, and there must be numbers behind the
-    rows used, up to a whole block.
+    what the sums' products take, without an exchange. `arguments` is a descriptor.
     """
     wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
@@ -122,8 +121,10 @@ def gate_backward_kernel(
             d_scores = tl.load(d_scores_ptr + first + scores_at, mask=scores_fit, other=0.0).to(tl.float32)
         low = d_scores.to(dtype)
         d_gate = tl.dot(w, low, input_precision=PRECISION)  # (BA, BN)
-        of_v = tanh(held_beside(of_v.to(tl.float32), d_gate, FAST), FAST)
-        of_u = sigmoid(held_beside(of_u.to(tl.float32), d_gate, FAST), FAST)
+        of_v = tl.where(row_fits[None, :], held_beside(of_v.to(tl.float32), d_gate, FAST), 0.0)
+        of_u = tl.where(row_fits[None, :], held_beside(of_u.to(tl.float32), d_gate, FAST), 0.0)
+        of_v = tanh(of_v, FAST)
+        of_u = sigmoid(of_u, FAST)
         product = of_v * of_u
         by_v = of_u - product * of_v  # dV'/dG, dU'/dG
         by_u = product - product * of_u

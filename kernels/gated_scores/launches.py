@@ -291,8 +291,6 @@ def launch_gate_backward(
 ) -> None:
     """Write the gradients of the gate's arguments (ΣN, 2A) and, program by program, of biases and w.
 
-    Behind the rows used, up to a whole block, `gate` must hold numbers.
-
     With `pool` in place of `d_scores`, those of the projections behind them: `d_gate` has (ΣN, 2A + 16 or more).
     """
     n_branches, n_gate = weights.score.shape

@@ -163,10 +163,9 @@ class TrainingStep:
         self.hidden = torch.empty((m * n_rows, s.hidden), dtype=dtype, device=device)
         self.signs = new_signs(m * n_rows, s.hidden, device)
         self.d_reduced = torch.empty_like(self.hidden)
-        # Rows behind a bag are multiplied too, and left out or times 0: they must be numbers.
-        self.gate = torch.zeros((m * n_rows, 2 * s.gate), dtype=dtype, device=device)
+        self.gate = torch.empty((m * n_rows, 2 * s.gate), dtype=dtype, device=device)
         columns = 2 * s.gate + power_of_2_at_least(s.n_logits)
-        self.d_gate = torch.zeros((m * n_rows, columns), dtype=dtype, device=device)
+        self.d_gate = torch.empty((m * n_rows, columns), dtype=dtype, device=device)
         self.scores = torch.empty((m * s.branches, n_rows), device=device)
         self.projections = torch.empty((m * s.n_logits, n_rows), device=device)
         self.picks = new_picks(m * s.branches, n_rows, 1, self.n_find, device)

@@ -7,7 +7,7 @@ from acmil.kernels.training_step import GatedParameters, loss_terms
 from acmil.kernels.training_step.parameters import Sizes, sizes_of, views_of
 
 SCRATCH = (
-    "hidden", "d_gate", "d_reduced", "scores", "projections", "sums", "maxima", "inverses", "d_logits",
+    "hidden", "gate", "d_gate", "d_reduced", "scores", "projections", "sums", "maxima", "inverses", "d_logits",
     "d_pairs", "correction", "small", "large", "losses",
 )  # fmt: skip
 RATE, DECAY = 1e-3, 1e-2
@@ -45,7 +45,6 @@ def schedule(step, bags, *orders):
 def poison(step):
     for name in SCRATCH:
         getattr(step, name).fill_(float("nan"))
-    step.gate.fill_(-20.0)  # behind a bag there are numbers of any size
 
 
 def as_multiplied(parameters, dtype):
