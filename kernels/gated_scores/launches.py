@@ -132,7 +132,10 @@ class Tiles(NamedTuple):
 def choose_tiles(
     n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, several: bool = False
 ) -> Tiles:
-    """Block sizes for a size of bag, or for so many rows of several models' bags."""
+    """Block sizes for a size of bag, or (`several`) for so many rows of the bags of several models.
+
+    They change no bits: each sum runs over its terms in the same order in every tile.
+    """
     processors, whole_gate = n_processors(device), power_of_2_at_least(n_gate)
     if dtype == torch.float32:
         return Tiles(
