@@ -157,8 +157,8 @@ def reduction_backward_kernel(
     H its signs are enough. All but these and dH are descriptors for bulk copies. Rows behind the last one used, up to a
     whole tile, are overwritten.
     The last rows come first: they are those that L2 still holds. V, U and heads of several models begin `weight_rows`
-    rows apart, with zeros behind them up to a whole block. With FLAT, for programs of several tiles, the loops over tiles
-    and over the gate's columns are one, so that a tile's first loads run beside the end of the one before it.
+    rows apart, with zeros behind them up to a whole block. With FLAT, for programs of several tiles, the loops over
+    tiles and over the gate's columns are one: a tile's first loads run beside the end of the one before it.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
