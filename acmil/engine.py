@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from acmil.kernels.launch import MAX_BRANCHES, MAX_GATE, MAX_LOGITS, MAX_TOP_K, runs_fused_kernels
+from acmil.kernels.launch import MAX_BAGS, MAX_BRANCHES, MAX_GATE, MAX_LOGITS, MAX_TOP_K, runs_fused_kernels
 from acmil.precision import Precision
 from acmil.training import EpochRecord, FitResult, Score, fit
 
@@ -122,8 +122,8 @@ def _why_not_resident(device: torch.device, model: str, options: Mapping[str, An
         return f"the GPU's compute capability is {major}.{minor}, fused kernels need 9 or 10 (227 KB of shared memory)"
     if model != "acmil_ga":
         return f"fused steps are there for acmil_ga, not for {model}"
-    if batch_size != 1:
-        return f"fused steps take one bag a step, {batch_size} are asked for"
+    if batch_size > MAX_BAGS:
+        return f"fused steps take at most {MAX_BAGS} bags, {batch_size} a step are asked for"
     sizes = {name: options[name] for name in ("in_features", "hidden_features", "attention_features")}
     odd = [f"{name} {size}" for name, size in sizes.items() if size % 16 != 0]
     if odd:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acmil.kernels.models import MOST_MODELS
+from acmil.kernels.launch import MAX_BAGS
 from acmil.kernels.training_step import GatedParameters
 from acmil.kernels.training_step.fused import TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
@@ -68,20 +68,21 @@ def fit_resident(
     Bags of one `slide_id` must be the same in all jobs.
 
     Args:
-        jobs: Runs of `acmil_ga`, one bag a step.
+        jobs: Runs of `acmil_ga`, of up to 32 bags a step.
         device: A GPU; elsewhere the kernels need Triton's interpreter.
         score: As `fit` takes it.
         precision: Of the products over instances, in training and validation; features are held in its type.
         feature_bytes: Room for features on the GPU; None: what is free, but for what the steps need. Bags beyond it
             stay in page-locked memory and are copied while the steps before theirs run.
-        group: Most runs whose steps are taken together, up to 32. Each group has a stream of its own.
+        group: Most runs whose steps are taken together, up to 32; fewer where 32 bags would not do for a step of them
+            all. Each group has a stream of its own.
         on_result: Called with the place of a run and its result, when it has ended.
 
     Raises:
         ValueError: If feature sizes differ between jobs, or `group` is not 1 to 32.
     """
-    if not 1 <= group <= MOST_MODELS.value:
-        raise ValueError(f"group must be 1 to {MOST_MODELS.value}, got {group}.")
+    if not 1 <= group <= MAX_BAGS:
+        raise ValueError(f"group must be 1 to {MAX_BAGS}, got {group}.")
     results: dict[int, FitResult | Exception] = {}
 
     def finish(number: int, result: FitResult | Exception) -> None:
@@ -92,6 +93,8 @@ def fit_resident(
     sets: dict[int, Sets] = {}
     for number, job in enumerate(jobs):
         try:
+            if not 1 <= job.batch_size <= MAX_BAGS:
+                raise ValueError(f"batch_size must be 1 to {MAX_BAGS}, got {job.batch_size}.")
             sets[number] = Sets.of(job)
         except Exception as error:  # noqa: BLE001  of this run alone
             finish(number, error)
@@ -137,7 +140,11 @@ class _Plan(NamedTuple):
         slides = {slide.name: slide for number in numbers for slide in self.sets[number].all}
         row_bytes = next(iter(slides.values())).n_features * self.dtype.itemsize
         lengths = [slide.n_rows for slide in slides.values()]
-        return min(sum(lengths), len(numbers) * RING * max(lengths)) * row_bytes <= self._room(numbers)
+        return min(sum(lengths), self._ring(numbers) * max(lengths)) * row_bytes <= self._room(numbers)
+
+    def _ring(self, numbers: list[int]) -> int:
+        """Bags of some runs that may be on their way, or in use, when features are streamed."""
+        return RING * sum(self.jobs[number].batch_size for number in numbers)
 
     def _room(self, numbers: list[int]) -> int:
         """Bytes for features."""
@@ -156,19 +163,19 @@ class _Plan(NamedTuple):
             alike.setdefault(_kind(self.jobs[number]), []).append(number)
         groups = []
         for members in alike.values():
-            n_groups = math.ceil(len(members) / self.most)
+            n_groups = math.ceil(len(members) / min(self.most, MAX_BAGS // self.jobs[members[0]].batch_size))
             groups += [members[first::n_groups] for first in range(n_groups)]
         return groups
 
     def train(self, numbers: list[int]) -> None:
         """Train some runs together."""
         slides = [slide for number in numbers for slide in self.sets[number].all]
-        store = Store(slides, self.dtype, self.device, self._room(numbers), len(numbers))
+        store = Store(slides, self.dtype, self.device, self._room(numbers), self._ring(numbers))
         try:
             groups, first_row = [], store.ring_start
             for members in self._groups(numbers):
                 runs = self._begin(members, store)
-                slots = RING * len(members)
+                slots = self._ring(members)
                 try:
                     if runs:
                         groups.append(_Group(runs, store, Lane(store, first_row, slots)))
@@ -195,7 +202,8 @@ def _kind(job: "TrainingJob") -> tuple[Any, ...]:
     """What runs must have in common for their steps to be taken together."""
     options = job.model.options
     names = ("in_features", "hidden_features", "attention_features", "n_branches", "n_classes")
-    return (*(options[name] for name in names), options["mask_top_k"], options["mask_ratio"], job.weight_decay)
+    of_model = (options[name] for name in names)
+    return (*of_model, options["mask_top_k"], options["mask_ratio"], job.weight_decay, job.batch_size)
 
 
 def _train(groups: "list[_Group]", finish: Callable[[int, FitResult | Exception], None]) -> None:
@@ -225,10 +233,10 @@ class _Snapshot(NamedTuple):
     """What an epoch left, copied in the order of the stream."""
 
     epoch: int
-    order: list[int]
+    steps: list[list[int]]  # numbers of the bags of each
     order_state: Tensor
     rate: float
-    losses: Tensor  # (S, 4), on the host, as are the next two
+    losses: Tensor  # (B, S, 4), on the host, as are the next two
     logits: Tensor  # (S_val, C)
     spread: Tensor  # (S_val, 2)
     master: Tensor
@@ -240,8 +248,7 @@ class _Epoch(NamedTuple):
     """What a run goes through in an epoch."""
 
     number: int
-    order: list[int]
-    bags: list[Place]
+    steps: list[list[int]]  # numbers of the bags of each
     rates: list[float]
 
 
@@ -271,7 +278,7 @@ class _Run:
         self.parameters = GatedParameters(*(weights[name] for name in _NAMES))
         sizes = sizes_of(self.parameters)
         if job.state is not None:
-            expected = {"moments": (2, sizes.n_all), "powers": (4,), "masks_drawn": (1,)}
+            expected = {"moments": (2, sizes.n_all), "powers": (4,), "masks_drawn": (job.batch_size,)}
             found = {name: tuple(tensor.shape) for name, tensor in job.state["optimizer"].items()}
             if found != expected:
                 raise ValueError(f"the optimizer's state must have shapes {expected}, got {found}.")
@@ -280,6 +287,7 @@ class _Run:
     def join(self, step: TrainingStep, validation: ValidationPass, place: int, lane: Lane) -> None:
         """Take a place in the steps of a group."""
         self.step, self.validation, self.place, self.lane = step, validation, place, lane
+        self.bags = slice(place * step.batch_size, (place + 1) * step.batch_size)  # their places in the step
         if self.job.state is not None:
             for name, tensor in self._optimizer_state().items():
                 tensor.copy_(self.job.state["optimizer"][name])
@@ -297,13 +305,13 @@ class _Run:
     def next_epoch(self) -> _Epoch:
         """Draw the order of the next epoch."""
         number, self.queued = self.queued, self.queued + 1
-        order = torch.randperm(len(self.train), generator=self.order_generator).tolist()
-        rates = [self._rate(number + step / len(order)) for step in range(len(order))]
-        return _Epoch(number, order, [self.train[index] for index in order], rates)
+        order, size = torch.randperm(len(self.train), generator=self.order_generator).tolist(), self.job.batch_size
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
+        return _Epoch(number, steps, [self._rate(number + step / len(steps)) for step in range(len(steps))])
 
     def end_epoch(self, epoch: _Epoch) -> None:
         """Queue copies of what the epoch leaves."""
-        self.pending.append(self._snapshot(epoch.number, epoch.order, epoch.rates[-1]))
+        self.pending.append(self._snapshot(epoch))
 
     def collect(self) -> None:
         """Look at the epoch before the one queued last, or at the last when no more will come."""
@@ -314,7 +322,8 @@ class _Run:
         """Record an epoch, select, and hand out the state to resume from."""
         if snapshot.ready is not None:
             snapshot.ready.synchronize()
-        terms = mean_losses(snapshot.losses, [self.train[index].name for index in snapshot.order], snapshot.epoch)
+        names = ["', '".join(self.train[index].name for index in step) for step in snapshot.steps]
+        terms = mean_losses(_mean_over_bags(snapshot.losses, snapshot.steps), names, snapshot.epoch)
         validation = assess(snapshot.logits, snapshot.spread, self.val_labels, self.val_names, self.score)
         now = time.perf_counter()
         record = EpochRecord(
@@ -365,14 +374,14 @@ class _Run:
             warmup_epochs=job.warmup_epochs,
         )
 
-    def _snapshot(self, epoch: int, order: list[int], rate: float) -> _Snapshot:
+    def _snapshot(self, epoch: _Epoch) -> _Snapshot:
         """Copies, queued behind the epoch; the host may read its own once `ready` has come."""
         results = (of_all[: len(self.val)] for of_all in self.validation.results_of(self.place))
-        losses, logits, spread = map(_to_host, (self.step.losses[self.place, : len(order)], *results))
+        losses, logits, spread = map(_to_host, (self.step.losses[self.bags, : len(epoch.steps)], *results))
         optimizer = {} if self.job.checkpoint is None else self._optimizer_state()
         return _Snapshot(
-            epoch, order, self.order_generator.get_state(), rate, losses, logits, spread, self._master().clone(),
-            {name: tensor.clone() for name, tensor in optimizer.items()},
+            epoch.number, epoch.steps, self.order_generator.get_state(), epoch.rates[-1], losses, logits, spread,
+            self._master().clone(), {name: tensor.clone() for name, tensor in optimizer.items()},
             self.lane.stream.record_event() if self.lane.on_gpu else None,
         )  # fmt: skip
 
@@ -383,7 +392,7 @@ class _Run:
         """What the optimizer and the masks go on from: moments, powers of the betas, the number of masks drawn."""
         step, place = self.step, self.place
         moments = step.moments[:, place, : step.sizes.n_all]
-        return {"moments": moments, "powers": step.powers[place], "masks_drawn": step.cursor[place, 5:6]}
+        return {"moments": moments, "powers": step.powers[place], "masks_drawn": step.cursor[self.bags, 5]}
 
     def _weights_of(self, master: Tensor) -> dict[str, Tensor]:
         """A state dict of views, in the model's order."""
@@ -405,11 +414,12 @@ class _Group:
                 [run.parameters for run in runs],
                 features=store.features,
                 longest=max(lengths),
-                positions=max(len(run.train) for run in runs),
+                positions=max(math.ceil(len(run.train) / job.batch_size) for run in runs),
                 top_k=job.model.options["mask_top_k"],
                 ratio=job.model.options["mask_ratio"],
                 weight_decay=job.weight_decay,
                 seeds=[another_seed(run.job.seed) for run in runs],
+                batch_size=job.batch_size,
             )
             self.validation = ValidationPass(
                 self.step,
@@ -435,33 +445,38 @@ class _Group:
         epochs = {place: run.next_epoch() for place, run in enumerate(self.members) if run.has_next}
         if not epochs:
             return
-        n_steps = max(len(epoch.order) for epoch in epochs.values())
+        n_steps = max(len(epoch.steps) for epoch in epochs.values())
         steps = [
-            {place: epoch.bags[number] for place, epoch in epochs.items() if number < len(epoch.bags)}
+            {
+                (place, seat): self.members[place].train[index]
+                for place, epoch in epochs.items()
+                for step in epoch.steps[number : number + 1]
+                for seat, index in enumerate(step)
+            }
             for number in range(n_steps)
         ]
         at_once, n_passes = self.validation.at_once, self.validation.positions
         passes = [
             {
-                place * at_once + number: bag
+                (place, seat): bag
                 for place in epochs
-                for number, bag in enumerate(self.members[place].val[first : first + at_once])
+                for seat, bag in enumerate(self.members[place].val[first : first + at_once])
             }
             for first in range(0, n_passes * at_once, at_once)
         ]
         starts = iter(self.lane.starts_of([bag for bags in (*steps, *passes) for bag in bags.values()]))
-        bags = np.zeros((len(self.members), n_steps, 3), np.int64)
+        bags = np.zeros((len(self.members), n_steps, self.step.batch_size, 3), np.int64)
         for number, step in enumerate(steps):
-            for place, bag in step.items():
-                label = self.members[place].train_labels[epochs[place].order[number]]
-                bags[place, number] = next(starts), bag.n_rows, label
+            for (place, seat), bag in step.items():
+                label = self.members[place].train_labels[epochs[place].steps[number][seat]]
+                bags[place, number, seat] = next(starts), bag.n_rows, label
         rates = np.zeros((len(self.members), n_steps))
         for place, epoch in epochs.items():
             rates[place, : len(epoch.rates)] = epoch.rates
         val_bags = np.zeros((len(self.members), n_passes, at_once, 3), np.int64)
         for number, one in enumerate(passes):
-            for seat, bag in one.items():
-                val_bags[seat // at_once, number, seat % at_once] = next(starts), bag.n_rows, 0
+            for (place, seat), bag in one.items():
+                val_bags[place, number, seat] = next(starts), bag.n_rows, 0
         with self.lane.current(), torch.no_grad():
             self.step.schedule(self._sent(bags), self._sent(rates))
             for step in steps:
@@ -489,6 +504,13 @@ class _Group:
         return tensor.pin_memory().to(self.lane.store.device, non_blocking=True) if self.lane.on_gpu else tensor
 
 
+def _mean_over_bags(losses: Tensor, steps: Sequence[Sequence[int]]) -> Tensor:
+    """Losses of each step (S, 4), the mean over its bags, from those of bags (B, S, 4); a step may have fewer."""
+    counts = torch.tensor([len(step) for step in steps])
+    has_bag = torch.arange(len(losses))[:, None] < counts
+    return losses.where(has_bag[:, :, None], 0.0).sum(dim=0) / counts[:, None]
+
+
 def bucket_sizes(lengths: Sequence[int]) -> list[int]:
     """For each bag the most rows of the bags that share its graph, which differ by at most a quarter.
 
@@ -512,8 +534,8 @@ def _scratch_bytes(members: "Sequence[tuple[TrainingJob, Sets]]", dtype: torch.d
     of_scores = 4 * (branches + (branches + 1) * options["n_classes"])
     row = (2 * hidden + 4 * gate + 32) * dtype.itemsize + hidden // 8 + of_scores
     val_row = hidden * dtype.itemsize + of_scores
-    val_rows = max(len(members) * longest_val, min(ROWS_AT_ONCE, MOST_MODELS.value * longest_val))
-    return len(members) * (longest * row + 128 * 2**20) + val_rows * val_row
+    val_rows = max(len(members) * longest_val, min(ROWS_AT_ONCE, MAX_BAGS * longest_val))
+    return len(members) * (members[0][0].batch_size * longest * row + 128 * 2**20) + val_rows * val_row
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BRANCHES = 16
 MAX_GATE = 256
 MAX_LOGITS = 256  # of all branches and the bag, in a training step
+MAX_BAGS = 32  # that a launch takes side by side, of several models or of one
 MAX_TOP_K = 256  # tiles that masking draws from; in a training step fewer
 BRANCH_BLOCK = 16  # branches are padded to the least size of a tensor-core operand
 

@@ -1,16 +1,17 @@
 """Device functions for launches that serve several models at once, each with a bag and parameters of its own.
 
 The rows of all models lie in one matrix, those of model m from row `m * model_rows` on. How many of them are used is on
-the device, `stride` numbers from one model to the next.
+the device, `stride` numbers from one model to the next. Several bags of one model stand as if each had its own.
 """
 # ruff: noqa: ANN001, ANN201, RET505
 
 import triton
 import triton.language as tl
 
+from acmil.kernels.launch import MAX_BAGS
 from acmil.kernels.slots import used_rows
 
-MOST_MODELS: tl.constexpr = tl.constexpr(32)  # of one launch
+MOST_MODELS: tl.constexpr = tl.constexpr(MAX_BAGS)
 
 
 @triton.jit

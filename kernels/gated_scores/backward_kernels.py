@@ -47,8 +47,8 @@ def pool_gradient(
 @triton.jit
 def gate_backward_kernel(
     arguments, w_ptr, d_scores_ptr, scores_ptr, maxima_ptr, inverses_ptr, projections_ptr, d_logits_ptr, d_pairs_ptr,
-    correction_ptr, d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, parameters, score_stride,
-    n_programs,
+    correction_ptr, d_gate_ptr, small_ptr, offsets_ptr, n_rows, n_bags, stride, model_rows, bags_a_model, parameters,
+    score_stride, n_programs,
     A: tl.constexpr, K: tl.constexpr, C: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BK: tl.constexpr, BQ: tl.constexpr, POOL: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, CHAINED: tl.constexpr,
@@ -57,8 +57,9 @@ def gate_backward_kernel(
 
     What reaches the scores comes as `d_scores`, or (POOL, one bag) is worked out here from the gradients of the logits:
     then those of the projections follow those of the gate, G = 2A + BQ numbers a row. Every model has `n_programs`.
-    Everything stands with gates along the lines and rows along the columns: what the threads hold of a product is then
-    what the sums' products take, without an exchange. `arguments` is a descriptor.
+    `bags_a_model` bags in a row may be of one model, with programs for each. Everything stands with gates along the
+    lines and rows along the columns: what the threads hold of a product is then what the sums' products take, without
+    an exchange. `arguments` is a descriptor.
     """
     wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
@@ -68,7 +69,7 @@ def gate_backward_kernel(
         offsets_ptr += model * stride
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     matrix_first = model * model_rows
-    w_ptr += model * parameters
+    w_ptr += model // bags_a_model * parameters
     if POOL:
         scores_ptr += tl.cast(model * K, tl.int64) * score_stride
         projections_ptr += tl.cast(model * (K + 1) * C, tl.int64) * score_stride
@@ -147,7 +148,7 @@ def gate_backward_kernel(
 @triton.jit
 def reduction_backward_kernel(
     signs_ptr, d_gate, gate_weight, d_reduced, d_hidden_ptr, offsets_ptr, n_rows, n_bags, n_models, stride,
-    model_rows, weight_rows,
+    model_rows, bags_a_model, weight_rows,
     L: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, SEVERAL: tl.constexpr,
     D_HIDDEN: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +158,9 @@ def reduction_backward_kernel(
     H its signs are enough. All but these and dH are descriptors for bulk copies. Rows behind the last one used, up to a
     whole tile, are overwritten.
     The last rows come first: they are those that L2 still holds. V, U and heads of several models begin `weight_rows`
-    rows apart, with zeros behind them up to a whole block. With FLAT, for programs of several tiles, the loops over
-    tiles and over the gate's columns are one: a tile's first loads run beside the end of the one before it.
+    rows apart, with zeros behind them up to a whole block; `bags_a_model` bags in a row may be of one. With FLAT, for
+    programs of several tiles, the loops over tiles and over the gate's columns are one: a tile's first loads run beside
+    the end of the one before it.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
@@ -173,7 +175,7 @@ def reduction_backward_kernel(
             used = tl.load(offsets_ptr + model * stride + n_bags).to(tl.int32)
         first = block * BN
         matrix_row = model * model_rows + first
-        weight_row = model * weight_rows
+        weight_row = model // bags_a_model * weight_rows
         first_column = (tile % n_columns) * BL
         words_at, fits = sign_words(matrix_row, first_column, BN, BL, n_words)
         words = tl.load(signs_ptr + words_at, mask=fits & (row < used - first)[:, None], other=0)

@@ -25,6 +25,8 @@ from acmil.kernels.launch import (
 
 _GATE_REST_BYTES = 10_240  # of shared memory, beside what the gate has under way
 _STAGES_REST_BYTES = 1_024  # the same for the gradients of the weights
+_TYPICAL_ROWS = 10_000  # of a bag
+_ROWS_OF_A_PARTIAL = 900  # whose product takes as long as writing and reading a tile's partial sum, by bytes and FLOPs
 LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partial sum
 
 
@@ -47,10 +49,11 @@ class Rows(NamedTuple):
         n_rows: Most rows of a bag.
         offsets: (2,) int64 on the device: the last entry is how many of the rows are used. None: all.
         x_first: (1,) int64 on the device, the row of X where the bag begins. None: 0.
-        models: How many bags of as many models there are; at most `MOST_MODELS`.
+        models: How many bags there are, each with buffers and partial sums of its own, as if of as many models; at most
+            `MAX_BAGS`.
         stride: Numbers from a model's offsets, and its first row of X, to the next one's.
         model_rows: Rows of the buffers from a model's to the next one's, whole tiles.
-        bags_a_model: Forward, so many bags in a row may be of one model.
+        bags_a_model: So many bags in a row are of one model, and share its weights.
     """
 
     n_rows: int
@@ -304,7 +307,8 @@ def launch_gate_backward(
     gate_backward_kernel[(rows.models * n_programs,)](
         TensorDescriptor.from_tensor(gate, [tile.rows, tile.columns]), weights.score, d_scores,
         *((None,) * 7 if pool is None else pool), d_gate, small,
-        rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, parts.parameters, strided.stride(0), n_programs,
+        rows.offsets, rows.n_rows, 1, rows.stride, rows.model_rows, rows.bags_a_model, parts.parameters,
+        strided.stride(0), n_programs,
         A=n_gate, K=n_branches, C=n_lines // (n_branches + 1), G=d_gate.shape[1], BN=tile.rows, BA=tile.columns,
         BK=BRANCH_BLOCK, BQ=power_of_2_at_least(n_lines), POOL=pool is not None,
         PAIRS=pool is not None and pool.d_pairs is not None, PACKED=rows.offsets is not None,
@@ -338,7 +342,8 @@ def launch_reduction_backward(
         TensorDescriptor.from_tensor(d_gate, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(gate_weight, [tile.depth, tile.columns]),
         TensorDescriptor.from_tensor(d_reduced, _store_block(tile)),
-        d_hidden, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows, parts.weight_rows,
+        d_hidden, rows.offsets, rows.n_rows, 1, rows.models, rows.stride, rows.model_rows, rows.bags_a_model,
+        parts.weight_rows,
         L=n_hidden, G=d_gate.shape[1], BN=tile.rows, BL=tile.columns, BD=tile.depth, SEVERAL=rows.models > 1,
         D_HIDDEN=d_hidden is not None, FLAT=n_tiles > grid[0], PACKED=rows.offsets is not None,
         **_options(d_gate, tile),
@@ -353,14 +358,31 @@ def count_gradient_tiles(n_features: int, n_hidden: int, n_gate: int, tile: Tile
 
 
 def choose_shares(
-    n_features: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, heads: bool = False
+    n_features: int,
+    n_hidden: int,
+    n_gate: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    heads: bool = False,
+    bags_a_model: int = 1,
 ) -> Shares:
-    """Shares of the rows, so that all processors work on one bag: by its size alone, whatever else is launched."""
+    """Shares of the rows, so that all processors work on a model's bags: by sizes alone, whatever else is launched.
+
+    For one bag as many as there are processors for. With several, more shares fill the last wave of programs better,
+    but each leaves partial sums to write and read.
+    """
     processors = n_processors(device)
 
     def fill(tile: Tile) -> int:
         tiles = count_gradient_tiles(n_features, n_hidden, n_gate, tile, heads=heads)
-        return max(1, tile.programs * processors // tiles)
+        at_once = tile.programs * processors
+
+        def rows_in_turn(shares: int) -> float:
+            waves = ceil_div(tiles * bags_a_model * shares, at_once)
+            return waves * (_TYPICAL_ROWS / shares + _ROWS_OF_A_PARTIAL)
+
+        return min(range(1, max(1, at_once // tiles) + 1), key=rows_in_turn)
 
     short, long = (
         choose_tiles(n_rows, n_hidden, n_gate, dtype, device).weight_gradient for n_rows in (1, _long_bag(device))

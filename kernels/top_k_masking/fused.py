@@ -83,10 +83,11 @@ def launch_mask(
     maxima: Tensor | None = None,
     models: int = 1,
     stride: int = 0,
+    bags_a_model: int = 1,
 ) -> None:
     """Mask scores (R, ΣN) float32 of packed bags: in `keep`, or in place as -inf.
 
-    Each of several models has R / M rows, and a bag of its own.
+    Each of several models has R / M rows, and a bag of its own; or `bags_a_model` bags in a row are of one.
 
     Args:
         scores: (R, ΣN) float32; their row stride may be larger.
@@ -94,14 +95,15 @@ def launch_mask(
         picks: Scratch, of `new_picks` for `n_find`.
         arrived: (R · B,) int32, zeros; left as zeros.
         n_drop: Of `drop_table`.
-        seed: (1,) or (M,) int64: with `step` and the row, all that the draw depends on.
+        seed: (1,) int64, or one a model: with `step` and the row, all that the draw depends on.
         step: (1,) int64.
         top_k: Size of the pool; 0 masks nothing.
         offsets: (B+1,) int64, or None for one bag.
         n_find: `top_k`, or `n_to_find` where there are maxima.
         maxima: (R, B) float32 to write: the highest score that is not masked.
-        models: M.
+        models: M, each with a bag.
         stride: Numbers from a model's offsets, and its step, to the next one's.
+        bags_a_model: So many of the M in a row are one, with several bags.
     """
     n_lines, n_rows = scores.shape
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
@@ -111,7 +113,7 @@ def launch_mask(
     warps = max(ceil_div(block, BLOCK), min(8, places * places // 4096))  # a large pool is compared with itself
     mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
         scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
-        n_lines // models, scores.stride(0), top_k, n_find,
+        n_lines // models, bags_a_model, scores.stride(0), top_k, n_find,
         BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None,
         MAXIMA=maxima is not None, PACKED=offsets is not None, SEARCH=search_steps(n_bags),
         num_warps=warps, **chained(scores.device),

@@ -105,7 +105,7 @@ def draw_masked(in_pool, n_drop, seed, step, row, BP: tl.constexpr):
 @triton.jit
 def mask_kernel(
     scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
-    n_rows, n_bags, n_slots, stride, n_lines, score_stride, top_k, n_find,
+    n_rows, n_bags, n_slots, stride, n_lines, bags_a_model, score_stride, top_k, n_find,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr,
     PACKED: tl.constexpr, SEARCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -115,6 +115,7 @@ def mask_kernel(
     exactly nothing. `n_drop_ptr[n]` is how many of a pool of n are masked. With MAXIMA the highest score that is left
     is written, (R, B): for that the `n_find` highest are looked for, one more than the pool where all of it is masked.
     Every `n_lines` rows belong to one model: its offsets and step are `stride` numbers behind those of the one before.
+    `bags_a_model` bags in a row may be of one model: they share its seed, and draw as packed bags do.
     """
     wait_for_previous(CHAINED)
     line = tl.program_id(0)
@@ -136,7 +137,7 @@ def mask_kernel(
         else:
             length = tl.zeros((), tl.int32) + n_rows
         n_drop = tl.minimum(tl.load(n_drop_ptr + tl.minimum(top_k, length)), length - 1)
-        seed, step = tl.load(seed_ptr + model), tl.load(step_ptr + model * stride)
+        seed, step = tl.load(seed_ptr + model // bags_a_model), tl.load(step_ptr + model * stride)
         top, top_rows = find_top(keys, tl.where(fits, rows, LAST_ROW), n_find, BP)
         if KEEP:
             tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
@@ -149,7 +150,7 @@ def mask_kernel(
             if count > 1:
                 top, top_rows = top_of_slots(picks_line_ptr + first_slot * (2 * BP), count, n_find, BM, BP)
             in_pool = (top_rows != LAST_ROW) & (place < top_k)
-            number = (line - model * n_lines) * n_bags + bag
+            number = ((line - model * n_lines) * bags_a_model + model % bags_a_model) * n_bags + bag
             masked = draw_masked(in_pool, n_drop, seed, step, number, BP)
             if KEEP:
                 tl.store(keep_ptr + line.to(tl.int64) * n_rows + top_rows, tl.zeros((BP,), tl.int8), mask=masked)

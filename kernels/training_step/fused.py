@@ -24,8 +24,7 @@ from acmil.kernels.gated_scores.launches import (
     launch_weight_gradient,
     new_signs,
 )
-from acmil.kernels.launch import ceil_div, chained, n_processors, power_of_2_at_least
-from acmil.kernels.models import MOST_MODELS
+from acmil.kernels.launch import MAX_BAGS, ceil_div, chained, n_processors, power_of_2_at_least
 from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, n_to_find, new_picks
 from acmil.kernels.training_step.losses_kernel import losses_kernel
 from acmil.kernels.training_step.parameters import GatedParameters, sizes_of, views_of
@@ -45,27 +44,29 @@ class Bag(NamedTuple):
     """What a step is told of its bag."""
 
     first_row: int  # of the features
-    n_rows: int  # 0: the model has no bag at this step, which leaves it as it is
+    n_rows: int  # 0: there is no such bag at this step; a model without any is left as it is
     label: int
 
 
 class TrainingStep:
-    """Training steps of ACMIL with gated attention, one bag a model and step, for capture in a CUDA graph.
+    """Training steps of ACMIL with gated attention for capture in a CUDA graph.
 
     Everything a step depends on lives on the device: which bag is next, its rows, the learning rate, the random state
     of the masking. So the same launches, or one captured graph, do every step: `schedule` sets the bags and the
     rates, and each `launch` takes the next bag. A launch for `n_rows` rows does for every bag up to that size.
 
-    Several models take their steps together, each with its bag; what a model becomes does not depend, to the bit, on
-    what is trained beside it, nor on the size that a launch is for.
+    Several models take their steps together, each with bags of its own, `batch_size` of them or fewer, whose mean is
+    the loss; what a model becomes does not depend, to the bit, on what is trained beside it, nor on the size that a
+    launch is for. Inside, every bag has a place with buffers of its own, those of a model side by side.
 
     Attributes:
         master: (M, P or more) float32, the parameters of each model one after another.
         moments: (2, M, P or more) float32, AdamW's.
-        losses: (M, positions + 1, 4) float32, a row a step since `schedule`: the terms of `LOSS_TERMS`.
+        losses: (M B, positions + 1, 4) float32, those of each bag, a row a step since `schedule`: the terms of
+            `LOSS_TERMS`. Where there was no bag, they are not written.
 
     Args:
-        models: Initial parameters of each model, up to `MOST_MODELS`; copied.
+        models: Initial parameters of each model, up to `MAX_BAGS`; copied.
         features: X of all bags one after another, (ΣN, D), in the type to compute in (float32, bfloat16, float16).
         longest: Rows of the longest bag.
         positions: Most steps between two calls of `schedule`.
@@ -73,6 +74,7 @@ class TrainingStep:
         ratio: Share of the pool to mask, in [0, 1].
         weight_decay: AdamW's.
         seeds: Of the masks, a model.
+        batch_size: B, most bags of a model's step; M B is at most `MAX_BAGS`.
         betas: AdamW's.
         epsilon: AdamW's.
 
@@ -91,15 +93,20 @@ class TrainingStep:
         ratio: float,
         weight_decay: float,
         seeds: Sequence[int],
+        batch_size: int = 1,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
     ) -> None:
         self.n_models = len(models)
-        if not 1 <= self.n_models <= MOST_MODELS.value or len(seeds) != self.n_models:
+        if not 1 <= self.n_models <= MAX_BAGS or len(seeds) != self.n_models:
             raise ValueError(
-                f"models must be 1 to {MOST_MODELS.value}, with a seed each, got {self.n_models} and {len(seeds)} "
-                "seeds."
+                f"models must be 1 to {MAX_BAGS}, with a seed each, got {self.n_models} and {len(seeds)} seeds."
             )
+        if not 1 <= batch_size <= MAX_BAGS // self.n_models:
+            raise ValueError(
+                f"batch_size must be 1 to {MAX_BAGS // self.n_models} for {self.n_models} models, got {batch_size}."
+            )
+        self.batch_size, self.n_places = batch_size, self.n_models * batch_size
         self.sizes = sizes = sizes_of(models[0])
         if any(sizes_of(model) != sizes for model in models):
             raise ValueError(f"models must have the same sizes, got {sorted({sizes_of(model) for model in models})}.")
@@ -116,16 +123,16 @@ class TrainingStep:
         self._place_matrices(features.dtype)
         self.head_bias = self.master[:, sizes.n_all - sizes.n_logits :]
         self.positions = positions
-        self.cursor = torch.zeros((self.n_models, CURSOR), dtype=torch.int64, device=device)
-        self.bags = torch.zeros((self.n_models, positions, len(Bag._fields)), dtype=torch.int64, device=device)
+        self.cursor = torch.zeros((self.n_places, CURSOR), dtype=torch.int64, device=device)
+        self.bags = torch.zeros((self.n_places, positions, len(Bag._fields)), dtype=torch.int64, device=device)
         self.rates = torch.zeros((self.n_models, positions + 1), dtype=torch.float64, device=device)
-        self.losses = torch.zeros((self.n_models, positions + 1, len(LOSS_TERMS)), device=device)
+        self.losses = torch.zeros((self.n_places, positions + 1, len(LOSS_TERMS)), device=device)
         powers = torch.tensor([1.0, 1.0, *betas], dtype=torch.float64, device=device)
         self.powers = powers.repeat(self.n_models, 1)
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
         self.drop, self.n_find = drop_table(top_k, ratio, device), n_to_find(top_k, ratio)
         self.shares = choose_shares(
-            sizes.features, sizes.hidden, sizes.gate, features.dtype, device, heads=True
+            sizes.features, sizes.hidden, sizes.gate, features.dtype, device, heads=True, bags_a_model=batch_size
         )  # fmt: skip
         self._allocate(device, features.dtype)
 
@@ -157,8 +164,8 @@ class TrainingStep:
         )  # fmt: skip
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Scratch for the longest bag, a model."""
-        s, m, n_rows = self.sizes, self.n_models, ceil_div(self.longest, LARGEST_TILE) * LARGEST_TILE
+        """Scratch for the longest bag, a place."""
+        s, m, n_rows = self.sizes, self.n_places, ceil_div(self.longest, LARGEST_TILE) * LARGEST_TILE
         self.model_rows = n_rows
         self.hidden = torch.empty((m * n_rows, s.hidden), dtype=dtype, device=device)
         self.signs = new_signs(m * n_rows, s.hidden, device)
@@ -176,7 +183,7 @@ class TrainingStep:
         self.d_logits = torch.empty((m, s.n_logits), device=device)
         self.d_pairs = torch.empty((m, s.branches, s.branches), device=device)
         self.correction = torch.empty((m, s.branches), device=device)
-        self.update = torch.empty((m, 3), device=device)
+        self.update = torch.empty((self.n_models, 3), device=device)
         self.used = torch.zeros(m, dtype=torch.int32, device=device)
         self.small = torch.empty((m, 2 * n_processors(device), s.n_small), device=device)
         self.large = torch.empty((m, self.shares.most(self.longest), s.n_large), device=device)
@@ -187,18 +194,20 @@ class TrainingStep:
         Behind the last a step takes that one again.
 
         Args:
-            bags: (M, steps, 3) int64, the fields of `Bag`.
+            bags: (M, steps, B, 3) int64, the fields of `Bag`. The first bag of a step has rows if any of them has.
             rates: (M, steps) float64.
 
         Raises:
             ValueError: If there are none, or more than there is room for.
         """
         steps = bags.shape[1]
-        if not 1 <= steps <= self.positions or rates.shape != (self.n_models, steps):
+        expected = (self.n_models, steps, self.batch_size, len(Bag._fields))
+        if not 1 <= steps <= self.positions or bags.shape != expected or rates.shape != expected[:2]:
             raise ValueError(
-                f"bags and rates must be of {self.n_models} models and as long, 1 to {self.positions} steps, got "
-                f"{tuple(bags.shape)} and {tuple(rates.shape)}."
+                f"bags and rates must be of {self.n_models} models, 1 to {self.positions} steps and {self.batch_size} "
+                f"bags a step, got {tuple(bags.shape)} and {tuple(rates.shape)}."
             )
+        bags = bags.transpose(1, 2).flatten(0, 1)
         self.bags[:, :steps].copy_(bags)
         self.bags[:, steps:].copy_(bags[:, -1:].expand(-1, self.positions - steps, -1))
         self.rates[:, :steps].copy_(rates)
@@ -214,8 +223,8 @@ class TrainingStep:
             tiles: Block sizes to use in place of those chosen for `n_rows`.
         """
         n_rows = self.longest if n_rows is None else n_rows
-        s, m = self.sizes, self.n_models
-        rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, CURSOR, self.model_rows)
+        s, m = self.sizes, self.n_places
+        rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, CURSOR, self.model_rows, self.batch_size)
         device = self.features.device
         if tiles is None:
             tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device, several=m > 1)
@@ -228,6 +237,7 @@ class TrainingStep:
         launch_mask(
             scores, None, self.picks, self.arrived[m:], self.drop, self.seeds, self.cursor[0, 5:6], self.top_k,
             rows.offsets, n_find=self.n_find, maxima=self.maxima, models=m, stride=CURSOR,
+            bags_a_model=self.batch_size,
         )  # fmt: skip
         self._launch_losses(n_rows)
         pool = PoolGradients(
@@ -292,12 +302,12 @@ class TrainingStep:
         s, sums = self.sizes, power_of_2_at_least(self.sums[0, 0].numel())
         block = max(1, _SUMS_AT_ONCE // sums)
         n_slots = min(_MOST_SLOTS, ceil_div(n_rows, block))
-        losses_kernel[(self.n_models * n_slots,)](
+        losses_kernel[(self.n_places * n_slots,)](
             self.scores, self.projections, self.maxima, self.inverses, self.sums, self.arrived, self.head_bias,
             self.d_logits, self.d_pairs, self.correction, self.cursor, self.losses, self.rates, self.powers,
             self.update, self.used, n_slots, self.parts.parameters, self.positions + 1, self.scores.stride(0),
             self.weight_decay,
-            K=s.branches, C=s.classes, BN=block, BK=power_of_2_at_least(s.branches, least=2),
+            BAGS=self.batch_size, K=s.branches, C=s.classes, BN=block, BK=power_of_2_at_least(s.branches, least=2),
             BX=power_of_2_at_least(self.sums.shape[3]), BS=sums, AT_ONCE=4 * block, MOST=_MOST_SLOTS, num_warps=4,
             **chained(self.features.device),
         )  # fmt: skip
@@ -314,6 +324,7 @@ class TrainingStep:
             s.n_logits, self.n_models * n_reduction, self.parts.weight_rows * s.hidden,
             s.hidden * (s.features + 2 * s.gate), idle, n_splits, *self.shares, row_programs, row_block,
             1.0 - self.betas[0], 1.0 - self.betas[1], self.epsilon,
-            BC=block, BS=_SMALL_BLOCK, BB=power_of_2_at_least(s.n_logits), BP=power_of_2_at_least(n_splits, least=1),
-            BLOCKS=_ROW_PARTIALS, LEAST=LEAST_SPLIT_ROWS, num_warps=4, **chained(self.features.device),
+            BAGS=self.batch_size, BC=block, BS=_SMALL_BLOCK, BB=power_of_2_at_least(s.n_logits),
+            BP=power_of_2_at_least(n_splits, least=1), BLOCKS=_ROW_PARTIALS, LEAST=LEAST_SPLIT_ROWS, num_warps=4,
+            **chained(self.features.device),
         )  # fmt: skip

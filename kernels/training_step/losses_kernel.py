@@ -77,9 +77,11 @@ def cross_entropy(logits, of_label):
 
 
 @triton.jit
-def diversity(sums, total, column_total, column_square, d_pairs_ptr, K: tl.constexpr, C: tl.constexpr,
+def diversity(sums, total, column_total, column_square, weight, d_pairs_ptr, K: tl.constexpr, C: tl.constexpr,
               BK: tl.constexpr, BX: tl.constexpr):  # fmt: skip
     """Mean cosine similarity of the branches' attention; its symmetrised gradient in P Pᵀ is written, (K, K).
+
+    The gradient is that of `weight` times the mean.
 
     With G = P Pᵀ, `dL/dG_kj + dL/dG_jk = 2 c / sqrt(G_kk G_jj)` and `2 dL/dG_kk = −2 c Σ_j cos_kj / G_kk`, where
     `c = 1 / (K (K − 1))`; `G_kj = Σ e_k e_j / (Σ e_k Σ e_j)`.
@@ -97,19 +99,21 @@ def diversity(sums, total, column_total, column_square, d_pairs_ptr, K: tl.const
     across = tl.sum(cosine, axis=1)
     of_own = -(across / square * total * total)[:, None]
     of_others = inverse * total[:, None] * column_total[None, :]
-    tl.store(d_pairs_ptr + branch[:, None] * K + j[None, :], 2.0 * scale * tl.where(own, of_own, of_others), mask=fits)
+    d_pairs = 2.0 * scale * tl.where(own, of_own, of_others) * weight
+    tl.store(d_pairs_ptr + branch[:, None] * K + j[None, :], d_pairs, mask=fits)
     return tl.sum(across, axis=0) * scale
 
 
 @triton.jit
 def losses_of_bag(
-    sums_ptr, head_bias_ptr, label, d_logits_ptr, inverse_ptr, d_pairs_ptr, correction_ptr, losses_ptr,
+    sums_ptr, head_bias_ptr, label, weight, d_logits_ptr, inverse_ptr, d_pairs_ptr, correction_ptr, losses_ptr,
     K: tl.constexpr, C: tl.constexpr, X: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
     """The three losses of a bag, from its sums (K, X), and what the backward pass over its rows needs.
 
     That is: the inverse of each branch's sum, (K,); the gradients of the logits, (K, C) and (C,) one after the
     other, which are also those of the heads' biases; the gradient in the Gram matrix, (K, K); and `Σ_n P dP`, (K,).
+    The gradients are those of `weight` times the losses; what is written of the losses is as it is.
     """
     branch = tl.arange(0, BK)
     branch_fits = branch < K
@@ -132,7 +136,7 @@ def losses_of_bag(
     bag_logits = tl.where(of_bag, bag_logits, float("-inf"))
     bag_losses, d_bag_logits = cross_entropy(bag_logits[None, :], (x - 1 - C == label)[None, :] & of_bag[None, :])
     bag_loss = tl.sum(bag_losses, axis=0)
-    d_bag = tl.sum(d_bag_logits, axis=0)  # (BX,)
+    d_bag = tl.sum(d_bag_logits, axis=0) * weight  # (BX,)
     tl.store(d_logits_ptr + K * C + x - 1 - C, d_bag, mask=of_bag)
     correction = tl.sum(tl.where(of_branches, pooled * d_bag[None, :], 0.0), axis=1) / K
     branch_loss = 0.0
@@ -145,16 +149,25 @@ def losses_of_bag(
         logits = tl.where(own[None, :], pooled + bias, float("-inf"))
         losses, d_logits = cross_entropy(logits, (x - 1 == label)[None, :] & own[None, :])
         branch_loss = tl.sum(tl.where(branch_fits, losses, 0.0), axis=0) / K
-        d_logits = tl.where(own_fits, d_logits / K, 0.0)
+        d_logits = tl.where(own_fits, d_logits / K * weight, 0.0)
         # The diversity loss has no part in Σ_n P dP: a cosine does not change with the length of P_k.
         correction += tl.sum(d_logits * tl.where(own_fits, pooled, 0.0), axis=1)
-        diversity_loss = diversity(sums, total, column_total, column_square, d_pairs_ptr, K, C, BK, BX)
+        diversity_loss = diversity(sums, total, column_total, column_square, weight, d_pairs_ptr, K, C, BK, BX)
     tl.store(d_logits_ptr + at, d_logits, mask=own_fits)
     tl.store(correction_ptr + branch, correction, mask=branch_fits)
     tl.store(losses_ptr, bag_loss + branch_loss + diversity_loss)
     tl.store(losses_ptr + 1, bag_loss)
     tl.store(losses_ptr + 2, branch_loss)
     tl.store(losses_ptr + 3, diversity_loss)
+
+
+@triton.jit
+def weight_of_bag(cursor_ptr, BAGS: tl.constexpr):
+    """What a bag's losses count for in the mean over the bags of its model that have rows."""
+    n_bags = (tl.load(cursor_ptr + 3) > 0).to(tl.float32)
+    for bag in tl.static_range(1, BAGS):
+        n_bags += (tl.load(cursor_ptr + bag * 6 + 3) > 0).to(tl.float32)
+    return 1.0 if BAGS == 1 else 1.0 / n_bags
 
 
 @triton.jit
@@ -175,8 +188,8 @@ def losses_kernel(
     scores_ptr, projections_ptr, maxima_ptr, inverses_ptr, sums_ptr, arrived_ptr, head_bias_ptr, d_logits_ptr,
     d_pairs_ptr, correction_ptr, cursor_ptr, losses_ptr, rates_ptr, powers_ptr, update_ptr, used_ptr,
     n_slots, parameters, positions, score_stride, weight_decay,
-    K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
-    AT_ONCE: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
+    BAGS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
+    BS: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the scores and projections of a slot of rows; the program that comes last does the rest of the middle.
 
@@ -186,40 +199,46 @@ def losses_kernel(
     the scores are given, (K,), and what their exponentials sum up to is written, inverted. Behind the sums of the slots
     there is room for the bag's. `cursor` holds position, first row, 0, length, label and step number.
 
-    Every model has `n_slots` programs, and `positions` rows of losses and rates; one without rows has nothing to do.
+    BAGS bags in a row are of one model, whose loss is the mean over those that have rows; the first is among them
+    if any is. Every bag has `n_slots` programs, and `positions` rows of losses, every model as many of rates; a bag
+    without rows has nothing to do.
     """
     wait_for_previous(CHAINED)
     X: tl.constexpr = 1 + 2 * C + K
     slot = tl.program_id(0) % n_slots
-    model = tl.program_id(0) // n_slots
-    scores_ptr += tl.cast(model * K, tl.int64) * score_stride
-    projections_ptr += tl.cast(model * (K + 1) * C, tl.int64) * score_stride
-    maxima_ptr += model * K
-    sums_ptr += model * (MOST + 1) * K * X
-    cursor_ptr += model * 6
-    used = tl.load(cursor_ptr + 3).to(tl.int32)
+    place = tl.program_id(0) // n_slots  # of a bag, among those of all models
+    model = place // BAGS
+    scores_ptr += tl.cast(place * K, tl.int64) * score_stride
+    projections_ptr += tl.cast(place * (K + 1) * C, tl.int64) * score_stride
+    maxima_ptr += place * K
+    sums_ptr += place * (MOST + 1) * K * X
+    of_bag_ptr = cursor_ptr + place * 6
+    used = tl.load(of_bag_ptr + 3).to(tl.int32)
     if (slot == 0) & (used == 0):
-        tl.store(used_ptr + model, used)
+        tl.store(used_ptr + place, used)
     size = slot_size(used, n_slots, BN)
     first = slot * size
-    line = model * positions + tl.load(cursor_ptr)
+    position = tl.load(of_bag_ptr)
+    line = place * positions + position
     if first < used:
-        if slot == 0:
-            prepare_update(rates_ptr + line, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
+        if (slot == 0) & (place % BAGS == 0):
+            rate_ptr = rates_ptr + (model * positions + position)
+            prepare_update(rate_ptr, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
         end = tl.minimum(first + size, used)
         sum_rows(
             scores_ptr, projections_ptr, maxima_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
         )  # fmt: skip
         tl.debug_barrier()  # every thread's writes come before the count below
         count = tl.cdiv(used, size)
-        if tl.atomic_add(arrived_ptr + model, 1, sem="acq_rel", scope="gpu") == count - 1:
+        if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu") == count - 1:
             total_ptr = sums_ptr + MOST * K * X
             sum_slots(sums_ptr, total_ptr, count, K * X, BS, AT_ONCE)
             tl.debug_barrier()  # they are read again in another order
             losses_of_bag(
-                total_ptr, head_bias_ptr + model * parameters, tl.load(cursor_ptr + 4).to(tl.int32),
-                d_logits_ptr + model * (K + 1) * C, inverses_ptr + model * K, d_pairs_ptr + model * K * K,
-                correction_ptr + model * K, losses_ptr + line * 4, K, C, X, BK, BX,
+                total_ptr, head_bias_ptr + model * parameters, tl.load(of_bag_ptr + 4).to(tl.int32),
+                weight_of_bag(cursor_ptr + model * BAGS * 6, BAGS), d_logits_ptr + place * (K + 1) * C,
+                inverses_ptr + place * K, d_pairs_ptr + place * K * K, correction_ptr + place * K,
+                losses_ptr + line * 4, K, C, X, BK, BX,
             )  # fmt: skip
-            tl.store(used_ptr + model, used)
-            tl.store(arrived_ptr + model, 0)
+            tl.store(used_ptr + place, used)
+            tl.store(arrived_ptr + place, 0)

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from acmil.kernels.gated_scores.launches import Rows, choose_tiles, launch_reduce
-from acmil.kernels.launch import ceil_div, chained, power_of_2_at_least
-from acmil.kernels.models import MOST_MODELS
+from acmil.kernels.launch import MAX_BAGS, ceil_div, chained, power_of_2_at_least
 from acmil.kernels.top_k_masking.fused import BLOCK
 from acmil.kernels.training_step.fused import CURSOR, LARGEST_TILE, Bag, TrainingStep
 from acmil.kernels.training_step.validation_kernels import bag_logits_kernel, spread_kernel
@@ -30,7 +29,7 @@ class ValidationPass:
         at_once: Bags of a model that are looked at together; None: as many as make a good launch. It changes no result.
 
     Raises:
-        ValueError: If more bags than `MOST_MODELS` would be looked at together.
+        ValueError: If more bags than `MAX_BAGS` would be looked at together.
     """
 
     def __init__(
@@ -39,12 +38,11 @@ class ValidationPass:
         self.step, self.longest, self.n_top = step, longest, n_top
         s, device = step.sizes, step.features.device
         rows = ceil_div(longest, LARGEST_TILE) * LARGEST_TILE
-        most = min(MOST_MODELS.value, max(step.n_models, ROWS_AT_ONCE // rows)) // step.n_models
+        most = min(MAX_BAGS, max(step.n_models, ROWS_AT_ONCE // rows)) // step.n_models
         self.at_once = min(most, n_bags) if at_once is None else at_once
-        if not 1 <= self.at_once * step.n_models <= MOST_MODELS.value:
+        if not 1 <= self.at_once * step.n_models <= MAX_BAGS:
             raise ValueError(
-                f"bags at once must be 1 to {MOST_MODELS.value} for all models, got {self.at_once} of each of "
-                f"{step.n_models}."
+                f"bags at once must be 1 to {MAX_BAGS} for all models, got {self.at_once} of each of {step.n_models}."
             )
         self.positions = ceil_div(n_bags, self.at_once)
         n = step.n_models * self.at_once

@@ -79,8 +79,8 @@ def check_close(result, expected, tolerance):
         assert row == pytest.approx(other, rel=tolerance, abs=tolerance)
 
 
-def use_the_kernels_masks(monkeypatch, seed, device):
-    """The eager model draws the masks that the resident step draws, by the number of the step."""
+def use_the_kernels_masks(monkeypatch, seed, device, batch_size=1):
+    """The eager model draws the masks that the resident step draws, by the number of the step and the bag's place."""
     import acmil.models.acmil_gated
     from acmil.kernels.top_k_masking.fused import drop_table, launch_mask, new_picks
     from acmil.training import another_seed
@@ -89,12 +89,14 @@ def use_the_kernels_masks(monkeypatch, seed, device):
 
     def draw(scores, *, top_k, ratio, generator, offsets):
         n_lines, n_rows = scores.shape
+        offsets = torch.tensor([0, n_rows], device=device) if offsets is None else offsets
+        offsets = torch.cat([offsets, offsets[-1:].expand(batch_size + 1 - len(offsets))])  # a step may have fewer
         keep = torch.empty(scores.shape, dtype=torch.bool, device=device)
         launch_mask(
-            scores.detach().contiguous(), keep, new_picks(n_lines, n_rows, 1, top_k, device),
-            torch.zeros(n_lines, dtype=torch.int32, device=device), drop_table(top_k, ratio, device),
+            scores.detach().contiguous(), keep, new_picks(n_lines, n_rows, batch_size, top_k, device),
+            torch.zeros(n_lines * batch_size, dtype=torch.int32, device=device), drop_table(top_k, ratio, device),
             torch.tensor([another_seed(seed)], device=device), torch.tensor(drawn, device=device), top_k,
-            torch.tensor([0, n_rows], device=device), n_find=top_k,
+            offsets, n_find=top_k,
         )  # fmt: skip
         drawn[0] += 1
         return keep
@@ -117,6 +119,18 @@ def test_200_steps_agree_with_the_eager_engine_by_the_same_masks(device, monkeyp
         torch.testing.assert_close(weight, expected.last_weights[name], rtol=5e-3, atol=5e-3)
 
 
+def test_several_bags_a_step_agree_with_the_eager_engine_by_the_same_masks(device, monkeypatch):
+    """Steps of 3, 3 and 2 bags."""
+    jobs = [make_job(epochs=6, batch_size=3) for _ in range(2)]
+    (result,) = train(jobs[:1], device)
+    drawn = use_the_kernels_masks(monkeypatch, 0, device, batch_size=3)
+    expected = fit(**vars(jobs[1]), device=device, score=score, precision="fp32")
+    assert drawn == [18]
+    check_close(result, expected, 1e-3)
+    check_close(result._replace(history=result.history[:3]), expected._replace(history=expected.history[:3]), 1e-5)
+    assert result.history[-1].train_loss < result.history[0].train_loss
+
+
 @pytest.mark.gpu  # the interpreter gets products of bf16 wrong
 def test_bf16_agrees_with_the_eager_engine_to_its_rounding(device):
     (result,) = train([make_job(mask_top_k=0, epochs=25)], device, precision="bf16")
@@ -132,22 +146,23 @@ def test_runs_together_give_what_each_gives_alone(device):
         {"seed": 0},
         {"seed": 1, "epochs": 2},
         {"seed": 2, "train": bags[3:] + val[:2], "val": [*val[2:], *bags[:3]], "mask_top_k": 4},
+        {"seed": 3, "epochs": 2, "batch_size": 3},
+        {"seed": 4, "epochs": 2, "batch_size": 3, "train": bags[1:]},
     ]
     ended = []
     together = train([make_job(**one) for one in grid], device, group=2, on_result=lambda n, _: ended.append(n))
     assert ended[0] == 1
-    assert sorted(ended) == [0, 1, 2]
+    assert sorted(ended) == [0, 1, 2, 3, 4]
     for one, result in zip(grid, together, strict=True):
         check_same(result, train([make_job(**one)], device)[0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_streamed_features_give_the_same_bits(device, share):
-    (expected,) = train([make_job()], device)
-    n_rows = sum(LENGTHS) + sum(VAL_LENGTHS)
-    ring = 3 * max(LENGTHS)
-    room = int((share * n_rows + ring) * N_FEATURES * 4)
-    (result,) = train([make_job()], device, feature_bytes=room)
+@pytest.mark.parametrize(("on_device", "batch_size"), [(0, 1), (30, 1), (0, 3)])
+def test_streamed_features_give_the_same_bits(device, on_device, batch_size):
+    (expected,) = train([make_job(epochs=2, batch_size=batch_size)], device)
+    n_rows = min(on_device + 3 * batch_size * max(LENGTHS), sum(LENGTHS) + sum(VAL_LENGTHS) - 1)
+    job = make_job(epochs=2, batch_size=batch_size)
+    (result,) = train([job], device, feature_bytes=n_rows * N_FEATURES * 4)
     check_same(result, expected)
 
 
@@ -172,6 +187,16 @@ def test_a_resumed_run_gives_the_bits_of_an_undisturbed_one(device):
     together = train([make_job(state=states[1]), make_job(), make_job(state=states[2])], device)
     for result in together:
         check_same(result, expected)
+
+
+def test_a_resumed_run_of_several_bags_a_step_gives_the_bits_of_an_undisturbed_one(device):
+    states, options = [], {"epochs": 2, "batch_size": 3}
+    (expected,) = train([make_job(checkpoint=states.append, **options)], device)
+    (result,) = train([make_job(state=states[0], **options)], device)
+    check_same(result, expected)
+    (other,) = train([make_job(state=states[0], epochs=2, batch_size=2)], device, may_fail=True)
+    with pytest.raises(ValueError, match="batch_size 3 → 2"):
+        raise other
 
 
 def test_a_state_of_the_eager_engine_is_refused(device):
@@ -235,8 +260,15 @@ def test_a_size_of_group_that_no_launch_takes_is_refused(device):
             train([make_job()], device, group=size)
 
 
-def test_a_loss_that_is_not_finite_names_the_bag(device):
-    job = make_job(epochs=2)
+def test_more_bags_a_step_than_a_launch_takes_are_refused(device):
+    results = train([make_job(batch_size=33), make_job(epochs=1)], device, may_fail=True)
+    assert str(results[0]) == "batch_size must be 1 to 32, got 33."
+    assert len(results[1].history) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_loss_that_is_not_finite_names_the_bag(device, batch_size):
+    job = make_job(epochs=2, batch_size=batch_size)
     with torch.no_grad():
         job.model.bag_head.weight.fill_(float("inf"))
     (result,) = train([job], device, may_fail=True)
@@ -273,7 +305,8 @@ def test_engine_on_a_gpu():
 
     assert choose().engine == "resident"
     assert "acmil_mha" in choose(model="acmil_mha").reason
-    assert "one bag a step, 4 are asked for" in choose(batch_size=4).reason
+    assert choose(batch_size=32).engine == "resident"
+    assert "at most 32 bags, 33 a step are asked for" in choose(batch_size=33).reason
     assert "hidden_features 20" in choose(hidden_features=20).reason
     assert "at most 256 logits of all branches and the bag, got 480" in choose(n_branches=15, n_classes=30).reason
     assert "fewer than 256 tiles, got mask_top_k 256" in choose(mask_top_k=256).reason

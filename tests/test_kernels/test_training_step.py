@@ -20,7 +20,7 @@ def make_parameters(sizes, seed=0):
     )
 
 
-def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seeds=(7,), positions=None):
+def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seeds=(7,), positions=None, batch_size=1):
     """A step and its bags, (len(lengths), 3); the model of a seed is always the same."""
     from acmil.kernels.training_step.fused import TrainingStep
 
@@ -31,14 +31,20 @@ def make_step(sizes, lengths, device, *, top_k=10, dtype=torch.float32, seeds=(7
     step = TrainingStep(
         [make_parameters(sizes, seed) for seed in seeds], features=features, longest=max(lengths),
         positions=positions or len(lengths), top_k=top_k, ratio=0.6, weight_decay=DECAY, seeds=seeds,
+        batch_size=batch_size,
     )  # fmt: skip
     return step, torch.stack([n_rows.cumsum(0) - n_rows, n_rows, labels], dim=1).to(device)
 
 
 def schedule(step, bags, *orders):
-    """Order of bags of each model; rates fall."""
+    """Order of bags of each model, or of the bags of each of its steps; rates fall."""
     rates = torch.linspace(RATE, RATE / 2, len(orders[0]), dtype=torch.float64, device=bags.device)
-    step.schedule(torch.stack([bags[order] for order in orders]), rates.expand(len(orders), -1))
+    scheduled = bags.new_zeros((len(orders), len(orders[0]), step.batch_size, 3))
+    for model, order in enumerate(orders):
+        for t, of_step in enumerate(order):
+            numbers = of_step if isinstance(of_step, list) else [of_step]
+            scheduled[model, t, : len(numbers)] = bags[numbers]
+    step.schedule(scheduled, rates.expand(len(orders), -1))
     return rates.tolist()
 
 
@@ -56,25 +62,29 @@ def as_multiplied(parameters, dtype):
 
 
 def check_steps(step, bags, order, relative_error, tolerance, expected_dropped):
+    """Steps of a single model against the reference; an entry of `order` is a bag, or a list of bags."""
     rates = schedule(step, bags, order)
     parameters = step.parameters_of(0)
     exact = GatedParameters(*(p.detach().double().clone().requires_grad_() for p in parameters))
     optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=DECAY)
-    for t, (bag, rate) in enumerate(zip(order, rates, strict=True)):
+    for t, (of_step, rate) in enumerate(zip(order, rates, strict=True)):
+        numbers = of_step if isinstance(of_step, list) else [of_step]
         poison(step)
         step.launch()
-        start, n, label = bags[bag].tolist()
-        keep = ~torch.isinf(step.scores[:, :n])
-        assert (~keep).sum(dim=1).tolist() == [expected_dropped[bag]] * step.sizes.branches
-        x = step.features[start : start + n].double()
-        terms = loss_terms(as_multiplied(exact, step.features.dtype), x, torch.tensor(label, device=x.device), keep)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        terms.total.backward()
+        for place, bag in enumerate(numbers):
+            start, n, label = bags[bag].tolist()
+            keep = ~torch.isinf(step.scores.unflatten(0, (-1, step.sizes.branches))[place, :, :n])
+            assert (~keep).sum(dim=1).tolist() == [expected_dropped[bag]] * step.sizes.branches
+            x = step.features[start : start + n].double()
+            rounded = as_multiplied(exact, step.features.dtype)
+            terms = loss_terms(rounded, x, torch.tensor(label, device=x.device), keep)
+            (terms.total / len(numbers)).backward()
+            assert step.losses[place, t].tolist() == pytest.approx(
+                [term.item() for term in terms], rel=tolerance, abs=tolerance
+            )
         optimizer.step()
-        assert step.losses[0, t].tolist() == pytest.approx(
-            [term.item() for term in terms], rel=tolerance, abs=tolerance
-        )
         moments = (views_of(moment[0, : step.sizes.n_all], step.sizes) for moment in step.moments)
         for name, first, second, value, parameter in zip(
             GatedParameters._fields, *moments, parameters, exact, strict=True
@@ -105,6 +115,18 @@ def test_most_branches_and_several_classes(device, relative_error):
 def test_one_branch_without_masking(device, relative_error):
     step, bags = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0)
     check_steps(step, bags, [1, 0], relative_error, 2e-5, [0, 0])
+
+
+def test_several_bags_a_step(device, relative_error):
+    """The loss is their mean; bags of very different lengths, and a step that has fewer."""
+    step, bags = make_step(Sizes(48, 80, 48, 5, 3), [*LENGTHS, 600], device, batch_size=3)
+    check_steps(step, bags, [[3, 0, 1], [4, 2], [1, 4, 4], [0]], relative_error, 2e-5, [*DROPPED, 6])
+    assert step.cursor[:, 5].tolist() == [4, 4, 4]  # masks drawn: steps, for every place
+
+
+def test_several_bags_a_step_of_one_branch(device, relative_error):
+    step, bags = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0, batch_size=2)
+    check_steps(step, bags, [[1, 0], [0]], relative_error, 2e-5, [0, 0])
 
 
 @pytest.mark.parametrize("scale", [0.0, 30.0])
@@ -139,11 +161,23 @@ def test_full_size(relative_error, n, d, l, dtype):  # noqa: E741
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_does_every_bag_and_capture_changes_nothing():
-    lengths = [900, 1, 3000, 64]
-    sizes, order = Sizes(128, 64, 64, 5, 2), [2, 0, 3, 1, 2]
-    device = torch.device("cuda")
-    (one, bags), (two, _) = (make_step(sizes, lengths, device, dtype=torch.bfloat16, positions=5) for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_several_bags_a_step_at_full_size(relative_error, dtype):
+    lengths = [10_000, 130, 40_000, 1, 17_000]
+    step, bags = make_step(Sizes(1024, 512, 128, 5, 2), lengths, torch.device("cuda"), dtype=dtype, batch_size=4)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
+    check_steps(step, bags, [[0, 1, 2, 3]], relative_error, tolerance, [6, 6, 6, 0, 6])
+    step, _ = make_step(Sizes(1024, 512, 128, 5, 2), lengths, torch.device("cuda"), dtype=dtype, batch_size=4)
+    check_steps(step, bags, [[4, 3]], relative_error, tolerance, [6, 6, 6, 0, 6])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("order", "batch_size"), [([2, 0, 3, 1, 2], 1), ([[2, 0, 3], [1, 2], [0], [3, 1], [2]], 3)])
+def test_a_captured_graph_does_every_bag_and_capture_changes_nothing(order, batch_size):
+    lengths, sizes, device = [900, 1, 3000, 64], Sizes(128, 64, 64, 5, 2), torch.device("cuda")
+    (one, bags), (two, _) = (
+        make_step(sizes, lengths, device, dtype=torch.bfloat16, positions=5, batch_size=batch_size) for _ in range(2)
+    )
     for step in (one, two):
         schedule(step, bags, order)
     graphs = two.capture([max(lengths)])
@@ -153,7 +187,7 @@ def test_a_captured_graph_does_every_bag_and_capture_changes_nothing():
         graphs[0].replay()
     assert torch.equal(one.master, two.master)
     assert torch.equal(one.losses[:, :5], two.losses[:, :5])
-    assert torch.isfinite(two.losses[:, :5]).all()
+    assert torch.isfinite(two.losses[0, :5]).all()
 
 
 BITS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -179,7 +213,7 @@ def test_models_together_give_the_bits_of_each_alone(device, dtype):
         alone, _ = make_step(sizes, lengths, device, dtype=dtype, seeds=(seed,))
         rates = torch.linspace(RATE, RATE / 2, 4, dtype=torch.float64, device=device)
         has_bag = [place for place, bag in enumerate(order) if bag < 5]
-        alone.schedule(bags[[order[place] for place in has_bag]][None], rates[has_bag][None])
+        alone.schedule(bags[[order[place] for place in has_bag]][None, :, None], rates[has_bag][None])
         for place in has_bag:
             alone.launch(lengths[order[place]])  # as a graph for bags of this size would
         assert torch.equal(together.losses[model, has_bag], alone.losses[0, : len(has_bag)])
@@ -208,6 +242,29 @@ def test_models_together_give_the_bits_of_each_alone_at_full_size(dtype):
             alone.launch(lengths[bag])
         assert torch.equal(together.losses[model, :3], alone.losses[0, :3])
         assert torch.equal(together.master[model], alone.master[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, in the interpreter, of NaN
+@pytest.mark.parametrize("dtype", BITS)
+def test_models_of_several_bags_a_step_give_the_bits_of_each_alone(device, dtype):
+    """Whatever size a launch is for, also where a model has fewer bags, or has ended."""
+    lengths, sizes, seeds = [100, 1, 37, 520, 390], Sizes(48, 80, 48, 3, 3), (7, 8, 9)
+    orders = [[[3, 0, 1], [4, 2, 0]], [[2, 1, 2], [3]], [[4, 3], []]]
+    together, bags = make_step(sizes, lengths, device, dtype=dtype, seeds=seeds, batch_size=3)
+    schedule(together, bags, *orders)
+    poison(together)
+    for _ in range(2):
+        together.launch()
+    for model, (seed, order) in enumerate(zip(seeds, orders, strict=True)):
+        alone, _ = make_step(sizes, lengths, device, dtype=dtype, seeds=(seed,), batch_size=3)
+        schedule(alone, bags, order)
+        for step, numbers in enumerate(order):
+            alone.launch(max((lengths[bag] for bag in numbers), default=1))
+            losses = together.losses[3 * model : 3 * model + len(numbers), step]
+            assert torch.equal(losses, alone.losses[: len(numbers), step])
+            assert torch.isfinite(losses).all()
+        assert torch.equal(together.master[model], alone.master[0])
+        assert torch.equal(together.moments[:, model], alone.moments[:, 0])
 
 
 def test_two_models_of_one_branch(device):
@@ -267,8 +324,11 @@ def test_masks_of_one_bag_differ_from_step_to_step(device):
 def test_what_is_refused(device):
     sizes = Sizes(16, 16, 16, 2, 2)
     step, bags = make_step(sizes, [60], device)
-    with pytest.raises(ValueError, match=r"1 to 1 steps, got \(1, 2, 3\) and \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"1 to 1 steps and 1 bags a step, got \(1, 2, 1, 3\) and \(1, 2\)"):
         schedule(step, bags, [0, 0])
+    for batch_size in (0, 17):
+        with pytest.raises(ValueError, match=f"batch_size must be 1 to 16 for 2 models, got {batch_size}"):
+            make_step(sizes, [60], device, seeds=(7, 8), batch_size=batch_size)
     with pytest.raises(ValueError, match="models must be 1 to 32, with a seed each, got 33 and 33 seeds"):
         make_step(sizes, [60], device, seeds=tuple(range(33)))
     with pytest.raises(ValueError, match="got 0 and 0 seeds"):
