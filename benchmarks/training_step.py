@@ -7,8 +7,9 @@ Bags are synthetic: normal features. For each size the fused step is first held 
 and every gradient by norm, with its buffers poisoned: in float32 as it is, in a half type beside what PyTorch's own
 autocast step of that type gets on the same inputs. No time is taken of a step that is wrong. Then the arms are timed in
 one process, each going round several bags, so that no cache holds the features from one step to the next: the median
-of many samples, with the 10th and 90th percentile. The arm `group` takes the steps of several models in one launch, on
-bags of different sizes, log-normal around N, and tells the time of each; its samples are as many bags as there are.
+of many samples, with the 10th and 90th percentile. The arm `packed` takes several bags a step, and tells the time of
+each, beside the eager loop's with the fused operators. The arm `group` takes the steps of several models in one launch,
+on bags of different sizes, log-normal around N, and tells the time of each; its samples are as many bags as there are.
 """
 
 import argparse
@@ -109,17 +110,17 @@ def parameters_of(model: Any) -> Any:
     )  # fmt: skip
 
 
-def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int) -> Any:
-    """A fused step that goes round the bags."""
+def make_step(shape: Shape, bags: Bags, device: torch.device, positions: int, batch_size: int = 1) -> Any:
+    """A fused step that goes round the bags, so many at a time."""
     from acmil.kernels.training_step.fused import TrainingStep
 
     step = TrainingStep(
         [parameters_of(make_model(shape, device))], features=bags.features, longest=shape.n, positions=positions,
-        top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY, seeds=[1],
+        top_k=TOP_K, ratio=RATIO, weight_decay=WEIGHT_DECAY, seeds=[1], batch_size=batch_size,
     )  # fmt: skip
-    order = torch.arange(positions, device=device) % bags.labels.numel()
+    order = torch.arange(positions * batch_size, device=device).view(1, positions, batch_size) % bags.labels.numel()
     table = torch.stack([bags.offsets[:-1], bags.offsets.diff(), bags.labels], dim=1)
-    step.schedule(table[order][None], torch.full((1, positions), RATE, dtype=torch.float64, device=device))
+    step.schedule(table[order], torch.full((1, positions), RATE, dtype=torch.float64, device=device))
     return step
 
 
@@ -139,7 +140,7 @@ def make_group(shape: Shape, dtype: torch.dtype, device: torch.device, n_models:
     rounds = -(-positions // GROUP_BAGS)
     orders = [np.concatenate([random.permutation(GROUP_BAGS) for _ in range(rounds)]) for _ in range(n_models)]
     bags = torch.from_numpy(np.stack([table[order[:positions]] for order in orders])).to(device)
-    step.schedule(bags, torch.full((n_models, positions), RATE, dtype=torch.float64, device=device))
+    step.schedule(bags[:, :, None], torch.full((n_models, positions), RATE, dtype=torch.float64, device=device))
     return step
 
 
@@ -153,62 +154,69 @@ def poison(step: Any) -> None:
         buffer.fill_(float("nan"))
 
 
-def errors_of_step(shape: Shape, bags: Bags, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Relative errors, by norm, of losses and gradients against the reference in float64.
+def errors_of_step(
+    shape: Shape, bags: Bags, device: torch.device, batch_size: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Relative errors, by norm, of losses and gradients against the reference in float64; of the first bags.
 
     Of the fused step, and of the reference in the features' type by autocast (0 for float32).
     """
     from acmil.kernels.training_step.parameters import views_of
 
-    step = make_step(shape, bags, device, 1)
+    step = make_step(shape, bags, device, 1, batch_size)
     poison(step)
     initial = [p.clone() for p in step.parameters_of(0)]
     step.launch()
     keep = ~torch.isinf(step.scores[:, : shape.n])
     dropped = (~keep).sum(dim=1).tolist()
     expected_dropped = int(min(TOP_K, shape.n) * RATIO + 1e-9)
-    if dropped != [expected_dropped] * shape.k:
+    if dropped != [expected_dropped] * (shape.k * batch_size):
         raise SystemExit(f"{shape}: masked {dropped} of a pool of {TOP_K}, expected {expected_dropped} each")
-    features, label = bags.features[: shape.n], bags.labels[0]
-    expected = reference_gradients(initial, features, label, keep, torch.float64)
+    of_bags = _first(bags, batch_size, shape.n)
+    keep = keep.view(batch_size, shape.k, shape.n)
+    expected = reference_gradients(initial, of_bags, keep, torch.float64)
     # The first moment after one step is (1 − β1) g.
     moments = views_of(step.moments[0, 0, : step.sizes.n_all], step.sizes)
-    fused = {"loss": step.losses[0, 0, 0], **{n: m / 0.1 for n, m in moments._asdict().items() if n in expected}}
+    loss = step.losses[:, 0, 0].mean()
+    fused = {"loss": loss, **{n: m / 0.1 for n, m in moments._asdict().items() if n in expected}}
     errors = _errors(fused, expected)
-    if features.dtype == torch.float32:
+    if bags.features.dtype == torch.float32:
         return {name: (error, 0.0) for name, error in errors.items()}
-    with torch.autocast(device.type, features.dtype):
-        plain = _errors(reference_gradients(initial, features, label, keep, torch.float32), expected)
+    with torch.autocast(device.type, bags.features.dtype):
+        plain = _errors(reference_gradients(initial, of_bags, keep, torch.float32), expected)
     return {name: (error, plain[name]) for name, error in errors.items()}
 
 
-def reference_gradients(
-    initial: list[Tensor], features: Tensor, label: Tensor, keep: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Loss and gradients of the reference; that of the scores' bias is nothing but rounding, and left out."""
+def reference_gradients(initial: list[Tensor], bags: Bags, keep: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Mean loss of bags and its gradients by the reference, but for that of the scores' bias: nothing but rounding."""
     from acmil.kernels.training_step import GatedParameters, loss_terms
 
     parameters = GatedParameters(*(p.to(dtype).clone().requires_grad_() for p in initial))
-    loss = loss_terms(parameters, features.to(dtype), label, keep).total
-    loss.backward()
+    total = torch.zeros((), dtype=dtype, device=bags.features.device)
+    parts = bags.features.tensor_split(bags.offsets[1:-1].cpu())
+    for features, label, of_bag in zip(parts, bags.labels, keep, strict=True):
+        loss = loss_terms(parameters, features.to(dtype), label, of_bag).total / len(parts)
+        loss.backward()  # one bag's graph at a time
+        total += loss.detach()
     gradients = {n: p.grad for n, p in parameters._asdict().items() if n != "score_bias"}
-    return {"loss": loss.detach(), **gradients}
+    return {"loss": total, **gradients}
 
 
 def _errors(values: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     return {n: ((values[n].double() - e.double()).norm() / e.double().norm()).item() for n, e in expected.items()}
 
 
-def check_step(shape: Shape, bags: Bags, device: torch.device) -> dict[str, Any]:
+def check_step(shape: Shape, bags: Bags, device: torch.device, batch_size: int = 1) -> dict[str, Any]:
     """The largest error, and PyTorch's own at the same place; ends the program if one is beyond rounding."""
-    errors = errors_of_step(shape, bags, device)
+    errors = errors_of_step(shape, bags, device, batch_size)
     half = bags.features.dtype != torch.float32
     for name, (error, plain) in errors.items():
         exact = FLOAT32_BIAS_ERROR if name == "v_bias" else FLOAT32_ERROR
         if not error < (HALF_ERROR + HALF_RATIO * plain if half else exact):
             raise SystemExit(f"{shape} {bags.features.dtype}: wrong, relative errors (fused, autocast) {errors}")
     worst = max(errors, key=lambda name: errors[name][0])
-    print(json.dumps({"size": str(shape), "dtype": str(bags.features.dtype), "errors": errors}), flush=True)
+    checked = {"size": str(shape), "dtype": str(bags.features.dtype), "bags": batch_size, "errors": errors}
+    print(json.dumps(checked), flush=True)
     return {"error": errors[worst][0], "error_of": worst, "autocast_error": errors[worst][1]}
 
 
@@ -223,7 +231,7 @@ def timed(run: Callable[[int], None], device: torch.device, *, samples: int, ste
         elapsed_ms = _since(start, device)
         if sample >= 2:  # the first are to warm up
             times.append(elapsed_ms / steps)
-    cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+    cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     return Timing(statistics.median(times), cuts[0], cuts[-1])
 
 
@@ -256,18 +264,21 @@ def choose_operators(*, fused: bool) -> None:
         package.takes_fused_path = takes_fused_path if fused else lambda *_, **__: False
 
 
-def eager_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool) -> Callable[[int], None]:
+def eager_arm(
+    shape: Shape, bags: Bags, device: torch.device, *, fused: bool, batch_size: int = 1
+) -> Callable[[int], None]:
     """The step of `acmil.training.fit`, in float32; with the fused operators, or with their reference."""
     choose_operators(fused=fused)
     model = make_model(shape, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY, fused=True)
     generator = torch.Generator(device).manual_seed(1)
-    parts = bags.features.float().split(shape.n)
+    parts, labels = bags.features.float().split(batch_size * shape.n), bags.labels.split(batch_size)
+    offsets = bags.offsets[: batch_size + 1] if batch_size > 1 else None
     losses = torch.zeros(len(parts), 4, device=device)
 
     def run(number: int) -> None:
         index = number % len(parts)
-        terms = model.loss(model(parts[index], generator=generator), bags.labels[index : index + 1])
+        terms = model.loss(model(parts[index], offsets, generator=generator), labels[index])
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
@@ -414,7 +425,7 @@ def peak_bytes(device: torch.device, action: Callable[[], Any]) -> tuple[int, An
 def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All arms at one size."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    n_bags = max(4, int(CACHE_BYTES / (shape.n * shape.d * dtype.itemsize))) if device.type == "cuda" else 2
+    n_bags = max(4, int(CACHE_BYTES / (shape.n * shape.d * dtype.itemsize))) if device.type == "cuda" else 4
     bags = make_bags(shape, dtype, device, min(n_bags, 64))
     if dtype != torch.float32:
         check_step(shape, make_bags(shape, torch.float32, device, 1), device)
@@ -447,6 +458,18 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
         if device.type == "cuda":
             rows[-1]["launches_us"] = launch_times(step)
             print(json.dumps(rows[-1]["launches_us"]), flush=True)
+    for size in options.bags if "packed" in arms else ():
+        whole = _first(bags, bags.labels.numel() // size * size, shape.n)
+        packed = check_step(shape, whole, device, size)
+        memory, run = peak_bytes(
+            device, lambda b=size, w=whole: _warm(eager_arm(shape, w, device, fused=True, batch_size=b))
+        )
+        add(f"eager-operators, {size} bags a step, each", run, shape.floor_ms(), memory, slow, size)
+        positions = (options.samples + 4) * quick + 40
+        memory, step = peak_bytes(device, lambda b=size, w=whole, p=positions: make_step(shape, w, device, p, b))
+        add(f"fused, {size} bags a step, each", fused_arm(step, device), shape.floor_ms(), memory, quick, size)
+        rows[-1] |= packed
+        del step
     if "group" in arms:
         for n_models in options.models:
             positions = (options.samples + 2) * GROUP_BAGS if device.type == "cuda" else 3
@@ -461,6 +484,10 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
             memory, run = peak_bytes(device, lambda fused=fused: inference_arm(shape, bags, device, fused=fused))
             add(arm, run, shape.inference_floor_ms(), memory, quick)
     return rows
+
+
+def _first(bags: Bags, n_bags: int, n_rows: int) -> Bags:
+    return Bags(bags.features[: n_bags * n_rows], bags.offsets[: n_bags + 1], bags.labels[:n_bags])
 
 
 def _warm(run: Callable[[int], None]) -> Callable[[int], None]:
@@ -498,7 +525,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32", "float16"])
-    parser.add_argument("--arms", default="eager,eager-operators,compiled,fused,group,inference-reference,inference")
+    arms = "eager,eager-operators,compiled,fused,packed,group,inference-reference,inference"
+    parser.add_argument("--arms", default=arms)
+    parser.add_argument("--bags", type=int, nargs="+", default=[4], help="a step, of the arm packed")
     parser.add_argument("--models", type=int, nargs="+", default=[4, 13, 25], help="of the arm group")
     parser.add_argument("--sizes", default="", help="N:D:L,… in place of the standard sizes")
     parser.add_argument("--samples", type=int, default=30)

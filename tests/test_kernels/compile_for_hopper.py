@@ -48,7 +48,7 @@ def pretend(name, value):
             setattr(module, name, value)
 
 
-def compile_step(n_rows, sizes, dtype, n_models=1):
+def compile_step(n_rows, sizes, dtype, n_models=1, batch_size=1):
     from acmil.kernels.training_step import GatedParameters
     from acmil.kernels.training_step.fused import TrainingStep
     from acmil.kernels.training_step.validation import ValidationPass
@@ -56,7 +56,7 @@ def compile_step(n_rows, sizes, dtype, n_models=1):
     parameters = GatedParameters(*(torch.zeros(shape) for shape in sizes.shapes()))
     step = TrainingStep(
         n_models * [parameters], features=torch.zeros((n_rows, sizes.features), dtype=dtype), longest=n_rows,
-        positions=1, top_k=10, ratio=0.6, weight_decay=0.0, seeds=n_models * [0],
+        positions=1, top_k=10, ratio=0.6, weight_decay=0.0, seeds=n_models * [0], batch_size=batch_size,
     )  # fmt: skip
     step.launch()
     ValidationPass(step, longest=n_rows, n_bags=2, n_top=10).launch()
@@ -92,6 +92,8 @@ def main():
     for n_rows in (1_000, 10_000, 17_000):
         compile_step(n_rows, Sizes(1024, 512, 128, 5, 2), torch.bfloat16)
     compile_step(10_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, 25)
+    compile_step(10_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, 8, 4)
+    compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.bfloat16, batch_size=32)
     compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.float32)
     compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
     for n_rows in (1_000, 17_000):
