@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acmil.kernels.launch import MAX_BAGS
+from acmil.kernels.gated_scores.launches import choose_shares
+from acmil.kernels.launch import MAX_BAGS, power_of_2_at_least
 from acmil.kernels.training_step import GatedParameters
 from acmil.kernels.training_step.fused import TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
 from acmil.kernels.training_step.validation import ROWS_AT_ONCE, ValidationPass
 from acmil.precision import Precision
-from acmil.resident_features import RING, Lane, Place, Sets, Store, free_bytes
+from acmil.resident_features import Lane, Place, Sets, Store, free_bytes, ring_slots
 from acmil.selection import EpochRecord, Selection
 from acmil.training import (
     N_TOP,
@@ -137,21 +138,24 @@ class _Plan(NamedTuple):
 
     def _fits(self, numbers: list[int]) -> bool:
         """Whether there is room for the features of all bags, or at least for the ring to stream them through."""
+        return self._least_bytes(numbers) <= self._room(numbers)
+
+    def _least_bytes(self, numbers: list[int]) -> int:
         slides = {slide.name: slide for number in numbers for slide in self.sets[number].all}
         row_bytes = next(iter(slides.values())).n_features * self.dtype.itemsize
         lengths = [slide.n_rows for slide in slides.values()]
-        return min(sum(lengths), self._ring(numbers) * max(lengths)) * row_bytes <= self._room(numbers)
+        return min(sum(lengths), self._ring(numbers) * max(lengths)) * row_bytes
 
     def _ring(self, numbers: list[int]) -> int:
         """Bags of some runs that may be on their way, or in use, when features are streamed."""
-        return RING * sum(self.jobs[number].batch_size for number in numbers)
+        return sum(ring_slots(self.jobs[number].batch_size) for number in numbers)
 
     def _room(self, numbers: list[int]) -> int:
         """Bytes for features."""
         if self.feature_bytes is not None:
             return self.feature_bytes
         scratch = sum(
-            _scratch_bytes([(self.jobs[number], self.sets[number]) for number in members], self.dtype)
+            _scratch_bytes([(self.jobs[number], self.sets[number]) for number in members], self.dtype, self.device)
             for members in self._groups(numbers)
         )
         return int(free_bytes(self.device) * _SHARE_OF_MEMORY) - scratch
@@ -168,7 +172,17 @@ class _Plan(NamedTuple):
         return groups
 
     def train(self, numbers: list[int]) -> None:
-        """Train some runs together."""
+        """Train some runs together.
+
+        Raises:
+            ValueError: If not even a single run has the room that it needs.
+        """
+        if not self._fits(numbers):
+            raise ValueError(
+                f"there must be room on the device for {self._least_bytes(numbers) / 1e9:.1f} GB of features, those of "
+                f"a step's bags and the next one's, got {max(0, self._room(numbers)) / 1e9:.1f} GB beside what the "
+                "steps need. Lower batch_size, or give engine eager."
+            )
         slides = [slide for number in numbers for slide in self.sets[number].all]
         store = Store(slides, self.dtype, self.device, self._room(numbers), self._ring(numbers))
         try:
@@ -426,7 +440,7 @@ class _Group:
                 longest=max(place.n_rows for run in runs for place in run.val),
                 n_bags=max(len(run.val) for run in runs),
                 n_top=N_TOP,
-                at_once=1 if store.slot_rows else None,  # the ring has room for no more
+                at_once=job.batch_size if store.slot_rows else None,  # the ring has room for as many
             )
             for place, run in enumerate(runs):
                 run.join(self.step, self.validation, place, lane)
@@ -525,17 +539,25 @@ def bucket_sizes(lengths: Sequence[int]) -> list[int]:
     return [most[bucket] for bucket in buckets]
 
 
-def _scratch_bytes(members: "Sequence[tuple[TrainingJob, Sets]]", dtype: torch.dtype) -> int:
+def _scratch_bytes(members: "Sequence[tuple[TrainingJob, Sets]]", dtype: torch.dtype, device: torch.device) -> int:
     """About what a group needs beside the features."""
-    options: Mapping[str, Any] = members[0][0].model.options
+    job = members[0][0]
+    options: Mapping[str, Any] = job.model.options
     hidden, gate, branches = options["hidden_features"], options["attention_features"], options["n_branches"]
+    n_logits = (branches + 1) * options["n_classes"]
     longest = max(slide.n_rows for _, sets in members for slide in sets.train)
     longest_val = max(slide.n_rows for _, sets in members for slide in sets.val)
-    of_scores = 4 * (branches + (branches + 1) * options["n_classes"])
-    row = (2 * hidden + 4 * gate + 32) * dtype.itemsize + hidden // 8 + of_scores
+    of_scores = 4 * (branches + n_logits)
+    row = (2 * hidden + 4 * gate + power_of_2_at_least(n_logits)) * dtype.itemsize + hidden // 8 + of_scores
+    of_matrices = 4 * hidden * (options["in_features"] + 2 * gate + n_logits)
+    shares = choose_shares(
+        options["in_features"], hidden, gate, dtype, device, heads=True, bags_a_model=job.batch_size
+    )  # fmt: skip
+    bag = longest * row + shares.most(longest) * of_matrices + 2**23
+    model = 8 * of_matrices + 2**25  # weights and moments, and copies of them while steps are captured
     val_row = hidden * dtype.itemsize + of_scores
-    val_rows = max(len(members) * longest_val, min(ROWS_AT_ONCE, MAX_BAGS * longest_val))
-    return len(members) * (members[0][0].batch_size * longest * row + 128 * 2**20) + val_rows * val_row
+    val_rows = max(len(members) * job.batch_size * longest_val, min(ROWS_AT_ONCE, MAX_BAGS * longest_val))
+    return len(members) * (job.batch_size * bag + model) + val_rows * val_row
 
 
 def _to_host(tensor: Tensor) -> Tensor:

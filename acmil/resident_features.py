@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from acmil.bags import Bag
     from acmil.engine import TrainingJob
 
-RING = 3  # bags of a run that may be on their way, or in use, when features are streamed
+_LEAST_RING = 3
 _READERS = 8  # threads that read feature files
+
+
+def ring_slots(batch_size: int) -> int:
+    """Bags of a run that may be on their way, or in use, when features are streamed: of a step, and of the next."""
+    return max(_LEAST_RING, 2 * batch_size)
 
 
 class BagSource(NamedTuple):
@@ -76,7 +81,9 @@ class Place(NamedTuple):
 class Store:
     """Features of all bags in the type to compute in: rows on the device, a ring behind them, and what is streamed."""
 
-    def __init__(self, slides: list[BagSource], dtype: torch.dtype, device: torch.device, room: int, runs: int) -> None:
+    def __init__(
+        self, slides: list[BagSource], dtype: torch.dtype, device: torch.device, room: int, slots: int
+    ) -> None:
         self.device = device
         distinct = {slide.name: slide for slide in reversed(slides)}
         distinct = {slide.name: distinct[slide.name] for slide in slides}  # in order of first use
@@ -86,13 +93,13 @@ class Store:
         on_device = sum(slide.n_rows for slide in distinct.values())
         if on_device * row_bytes > room:
             self.slot_rows = max(slide.n_rows for slide in distinct.values())
-            on_device = max(0, room // row_bytes - runs * RING * self.slot_rows)
+            on_device = max(0, room // row_bytes - slots * self.slot_rows)
         starts, row = {}, 0
         for slide in distinct.values():
             if row + slide.n_rows <= on_device:
                 starts[slide.name], row = row, row + slide.n_rows
         self.ring_start = row
-        self.features = torch.empty((row + runs * RING * self.slot_rows, n_features), dtype=dtype, device=device)
+        self.features = torch.empty((row + slots * self.slot_rows, n_features), dtype=dtype, device=device)
         self.features[row:].zero_()  # rows behind a short bag are read, though never used
         self._locked: list[Tensor] = []
         self.places: dict[str, Place] = {}

@@ -8,8 +8,9 @@ and every gradient by norm, with its buffers poisoned: in float32 as it is, in a
 autocast step of that type gets on the same inputs. No time is taken of a step that is wrong. Then the arms are timed in
 one process, each going round several bags, so that no cache holds the features from one step to the next: the median
 of many samples, with the 10th and 90th percentile. The arm `packed` takes several bags a step, and tells the time of
-each, beside the eager loop's with the fused operators. The arm `group` takes the steps of several models in one launch,
-on bags of different sizes, log-normal around N, and tells the time of each; its samples are as many bags as there are.
+each, beside the eager loop's with the fused operators on bags that are joined already. The arm `group` takes the steps
+of several models in one launch, on bags of different sizes, log-normal around N, and tells the time of each; its
+samples are as many bags as there are.
 """
 
 import argparse
@@ -425,8 +426,8 @@ def peak_bytes(device: torch.device, action: Callable[[], Any]) -> tuple[int, An
 def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All arms at one size."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    n_bags = max(4, int(CACHE_BYTES / (shape.n * shape.d * dtype.itemsize))) if device.type == "cuda" else 4
-    bags = make_bags(shape, dtype, device, min(n_bags, 64))
+    n_bags = int(CACHE_BYTES / (shape.n * shape.d * dtype.itemsize)) if device.type == "cuda" else 0
+    bags = make_bags(shape, dtype, device, max(4, *options.bags, min(n_bags, 64)))
     if dtype != torch.float32:
         check_step(shape, make_bags(shape, torch.float32, device, 1), device)
     error = check_step(shape, bags, device)
@@ -460,6 +461,8 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
             print(json.dumps(rows[-1]["launches_us"]), flush=True)
     for size in options.bags if "packed" in arms else ():
         whole = _first(bags, bags.labels.numel() // size * size, shape.n)
+        if dtype != torch.float32:
+            check_step(shape, make_bags(shape, torch.float32, device, size), device, size)
         packed = check_step(shape, whole, device, size)
         memory, run = peak_bytes(
             device, lambda b=size, w=whole: _warm(eager_arm(shape, w, device, fused=True, batch_size=b))

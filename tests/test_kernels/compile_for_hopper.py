@@ -93,7 +93,7 @@ def main():
         compile_step(n_rows, Sizes(1024, 512, 128, 5, 2), torch.bfloat16)
     compile_step(10_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, 25)
     compile_step(10_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, 8, 4)
-    compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.bfloat16, batch_size=32)
+    compile_step(1_000, Sizes(1024, 512, 128, 5, 2), torch.bfloat16, batch_size=32)  # one share of the rows each
     compile_step(1_000, Sizes(384, 128, 128, 5, 2), torch.float32)
     compile_step(1_000, Sizes(48, 80, 48, 1, 3), torch.float16)
     for n_rows in (1_000, 17_000):

@@ -157,13 +157,55 @@ def test_runs_together_give_what_each_gives_alone(device):
         check_same(result, train([make_job(**one)], device)[0])
 
 
-@pytest.mark.parametrize(("on_device", "batch_size"), [(0, 1), (30, 1), (0, 3)])
-def test_streamed_features_give_the_same_bits(device, on_device, batch_size):
-    (expected,) = train([make_job(epochs=2, batch_size=batch_size)], device)
-    n_rows = min(on_device + 3 * batch_size * max(LENGTHS), sum(LENGTHS) + sum(VAL_LENGTHS) - 1)
-    job = make_job(epochs=2, batch_size=batch_size)
-    (result,) = train([job], device, feature_bytes=n_rows * N_FEATURES * 4)
+@pytest.mark.parametrize(("on_device", "batch_size"), [(0, 1), (45, 1), (0, 2), (45, 2)])
+def test_streamed_features_give_the_same_bits(device, monkeypatch, on_device, batch_size):
+    from acmil import resident
+
+    lengths, val_lengths = (20, 1, 7, 24, 24, 19, 12, 5), (17, 1, 5, 11)
+    bags, val = make_bags("train", lengths), make_bags("val", val_lengths, 1)
+
+    def job():
+        return make_job(epochs=2, batch_size=batch_size, train=bags, val=val)
+
+    (expected,) = train([job()], device)
+    ring = (3 if batch_size == 1 else 2 * batch_size) * max(lengths)
+    room = (on_device + ring) * N_FEATURES * 4
+    assert on_device + ring < sum(lengths) + sum(val_lengths)
+    stores, plain = [], resident.Store
+
+    def store(*arguments):
+        stores.append(plain(*arguments))
+        return stores[-1]
+
+    monkeypatch.setattr(resident, "Store", store)
+    (result,) = train([job()], device, feature_bytes=room)
     check_same(result, expected)
+    (placed,) = stores
+    assert placed.features.nbytes <= room
+    assert len(placed.features) - placed.ring_start == ring
+    assert placed.ring_start == (0 if on_device == 0 else 17 + 1 + 5 + 11 + 1 + 7)  # those that still fit, in order
+
+
+def test_a_run_without_room_for_the_bags_of_its_steps_says_so(device):
+    room = (3 * max(LENGTHS) - 1) * N_FEATURES * 4
+    (result,) = train([make_job()], device, may_fail=True, feature_bytes=room)
+    with pytest.raises(ValueError, match=r"room on the device for 0\.0 GB .* Lower batch_size, or give engine eager"):
+        raise result
+
+
+def test_runs_of_many_bags_a_step_form_groups_that_a_launch_takes(device, monkeypatch):
+    from acmil import resident
+
+    groups, plain = [], resident._Group
+
+    def group(runs, *arguments):
+        groups.append(sorted(runs))
+        return plain(runs, *arguments)
+
+    monkeypatch.setattr(resident, "_Group", group)
+    bags = make_bags("train", [3] * 12)
+    train([make_job(seed=seed, epochs=1, batch_size=12, train=bags) for seed in range(3)], device)
+    assert sorted(groups) == [[0, 2], [1]]  # 36 bags would be more than 32
 
 
 def test_streamed_runs_together_give_the_same_bits(device):
@@ -272,7 +314,8 @@ def test_a_loss_that_is_not_finite_names_the_bag(device, batch_size):
     with torch.no_grad():
         job.model.bag_head.weight.fill_(float("inf"))
     (result,) = train([job], device, may_fail=True)
-    with pytest.raises(ValueError, match="training loss must be finite, got nan at bag 'train_"):
+    names = "', '".join(["train_."] * batch_size)
+    with pytest.raises(ValueError, match=f"training loss must be finite, got nan at bag '{names}' in epoch 0"):
         raise result
 
 

@@ -124,6 +124,17 @@ def test_several_bags_a_step(device, relative_error):
     assert step.cursor[:, 5].tolist() == [4, 4, 4]  # masks drawn: steps, for every place
 
 
+def test_several_bags_a_step_in_several_shares_each(device, relative_error, monkeypatch):
+    """Bags of one, two and three shares of the rows, whose partial sums stand side by side."""
+    from acmil.kernels.gated_scores.launches import Shares
+    from acmil.kernels.training_step import fused
+
+    monkeypatch.setattr(fused, "choose_shares", lambda *_, **__: Shares(2, 3, 550))
+    step, bags = make_step(Sizes(32, 32, 16, 2, 2), [300, 100, 600], device, batch_size=3)
+    assert [step.shares.of(n) for n in (300, 100, 600)] == [2, 1, 3]
+    check_steps(step, bags, [[0, 1, 2], [2, 0]], relative_error, 2e-5, [6, 6, 6])
+
+
 def test_several_bags_a_step_of_one_branch(device, relative_error):
     step, bags = make_step(Sizes(32, 16, 16, 1, 2), [70, 5], device, top_k=0, batch_size=2)
     check_steps(step, bags, [[1, 0], [0]], relative_error, 2e-5, [0, 0])
