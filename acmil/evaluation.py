@@ -10,7 +10,7 @@ import numpy as np
 from acmil.bags import BagDataset
 from acmil.cohort import Cohort, CohortError, read_cohort
 from acmil.json_file import write_json
-from acmil.metrics import describe_metrics, metrics_with_intervals, roc_points
+from acmil.metrics import describe_metrics, few_cases, metrics_with_intervals, roc_points
 from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import Run, load_run, write_predictions
 
@@ -64,6 +64,8 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
         "n_cases": len(set(cases)),
     }
     write_json(config.out / "metrics.json", {**description, "metrics": metrics})
+    if (too_few := few_cases([str(row.label) for row in rows], cases)) is not None:
+        logger.warning("%s", too_few)
     _write_roc(config.out / "roc.png", run, np.asarray(labels), probabilities, metrics)
     return EvaluationSummary(config.out, len(rows), metrics)
 

@@ -18,7 +18,7 @@ from acmil.checkpoint import load_state, save_state, save_weights
 from acmil.cohort import SPLITS, Cohort, CohortRow, read_cohort
 from acmil.engine import Engine, TrainingJob, choose_engine, fit_jobs
 from acmil.json_file import write_json
-from acmil.metrics import classification_metrics, describe_metrics, metrics_with_intervals
+from acmil.metrics import classification_metrics, describe_metrics, few_cases, metrics_with_intervals
 from acmil.models import MILModel, create_model
 from acmil.precision import Precision, choose_precision
 from acmil.preprocessing.atomic import write_text
@@ -99,6 +99,9 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
         RunError: If the folder holds a run of other options.
     """
     cohort = _split_cohort(config)
+    test = [row for row in cohort.rows if row.split == "test"]
+    if (too_few := few_cases([str(row.label) for row in test], [row.case_id for row in test])) is not None:
+        logger.warning("test set: %s", too_few)
     bags = BagDataset(config.features, cohort.rows, classes=cohort.classes)
     means = choose_means(config, n_features=bags.n_features, n_classes=len(cohort.classes))
 

@@ -16,6 +16,7 @@ from acmil.metrics import (
     classification_metrics,
     confusion_matrix,
     describe_metrics,
+    few_cases,
     metrics_with_intervals,
     roc_points,
 )
@@ -205,17 +206,35 @@ def test_rare_class_is_in_every_sample() -> None:
     assert bootstrap_by_case(labels, probabilities, np.arange(43))["auroc"] == (1.0, 1.0)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Normal scores 1 sd apart: AUROC is Φ(1/√2) = 0.7602; a 90 % interval holds it in about 90 % of cohorts."""
+def coverage(n_cases: int, *, shift: float, truth: float, level: float) -> float:
+    """In which share of cohorts of normal scores, some sd apart, an interval holds the true AUROC, Φ(shift/√2)."""
     hits, n_cohorts = 0, 200
     for seed in range(n_cohorts):
         generator = np.random.default_rng(seed)
-        labels = np.repeat([0, 1], 50)
-        scores = 1 / (1 + np.exp(-generator.normal(size=100) - labels))
+        labels = np.repeat([0, 1], n_cases)
+        scores = 1 / (1 + np.exp(-generator.normal(size=2 * n_cases) - shift * labels))
         probabilities = np.stack([1 - scores, scores], axis=1)
-        low, high = bootstrap_by_case(labels, probabilities, np.arange(100), samples=300, level=0.9)["auroc"]
-        hits += low <= 0.7602 <= high
-    assert hits / n_cohorts == pytest.approx(0.9, abs=0.06)
+        low, high = bootstrap_by_case(labels, probabilities, np.arange(2 * n_cases), samples=300, level=level)["auroc"]
+        hits += low <= truth <= high
+    return hits / n_cohorts
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    assert coverage(50, shift=1.0, truth=0.7602, level=0.9) == pytest.approx(0.9, abs=0.06)
+
+
+@pytest.mark.parametrize(("n_cases", "share"), [(2, 0.42), (5, 0.87), (10, 0.92)])
+def test_interval_of_few_cases_covers_it_less_often(n_cases: int, share: float) -> None:
+    assert coverage(n_cases, shift=1.1902, truth=0.8, level=0.95) == pytest.approx(share, abs=0.05)
+
+
+def test_few_cases_are_named() -> None:
+    labels = ["normal"] * 12 + ["tumor"] * 12
+    cases = [f"n{i}" for i in range(12)] + [f"t{i % 9}" for i in range(12)]  # three cases with two slides each
+    assert few_cases(labels, cases) is not None
+    assert few_cases(labels, cases).endswith("10 cases or more of each class, there are tumor 9")
+    assert few_cases(labels[:10] + labels[12:22], [*cases[:10], *(f"t{i}" for i in range(10))]) is None
+    assert few_cases([], []) is None
 
 
 def test_thousand_samples_of_400_slides_take_no_time() -> None:
