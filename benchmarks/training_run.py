@@ -350,8 +350,6 @@ def timed_jobs(jobs: list[Any], engine: str, device: torch.device) -> dict[str, 
 
 def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
     """Whole runs."""
-    import tempfile
-
     from acmil.bags import BagDataset
     from acmil.cohort import CohortRow
 
