@@ -5,6 +5,8 @@ A packed batch holds the bags one after the other, `features` (ΣN, D), with `of
 """
 
 import difflib
+import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ import numpy as np
 import torch
 
 from acmil.cohort import CohortRow
-from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
+from acmil.preprocessing.feature_file import SUFFIX, UNKNOWN_PX, FeatureFile, FeatureMeta, open_feature_file
+
+logger = logging.getLogger(__name__)
 
 TILE_MPP_TOLERANCE = 0.01  # tiles whose resolutions differ by less than this share count as of one resolution
 
@@ -115,6 +119,29 @@ class BagDataset(Sequence[Bag]):
         self.n_features = self._files[0].n_features
         self._held = [(np.array(file.features()), file.coords()) for file in self._files] if in_memory else None
         self._in_use: WeakValueDictionary[str, Bag] = WeakValueDictionary()  # by slide
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the features are, by what their files say, wherever these lie.
+
+        Encoder and tiles, each as far as any file knows it (empty, or None), and a `digest` over all slides: their
+        number of tiles, feature size, encoder, and the preprocessing that made them.
+        """
+
+        def known(values: Iterable[Any]) -> Any:
+            return next((value for value in values if value not in ("", UNKNOWN_PX) and value == value), None)
+
+        slides = sorted(
+            (row.slide_id, n, meta.encoder, meta.encoder_digest, meta.preprocessing_digest, meta.tile_px, meta.tile_mpp)
+            for row, n, meta in zip(self.rows, self.n_tiles, self.metas, strict=True)
+        )
+        return {
+            "encoder": known(meta.encoder for meta in self.metas) or "",
+            "encoder_digest": known(meta.encoder_digest for meta in self.metas) or "",
+            "tile_px": known(meta.tile_px for meta in self.metas) or UNKNOWN_PX,
+            "tile_mpp": known(meta.tile_mpp for meta in self.metas),
+            "digest": hashlib.sha256(repr((self.n_features, slides)).encode()).hexdigest(),
+        }
 
     def select(self, slide_ids: Iterable[str]) -> "BagDataset":
         """Return the bags of some of the slides, in the order given; files are not opened and checked again.
@@ -257,10 +284,24 @@ def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str]) ->
 
 
 def _check_compatible(rows: Sequence[CohortRow], files: Sequence[FeatureFile]) -> None:
-    """All slides have one feature size, encoder and resolution."""
+    """All slides have one feature size, encoder, tile size and resolution."""
     _check_same("n_features", [file.n_features for file in files], rows)
     _check_same("encoder", [file.meta.encoder for file in files], rows)
     _check_same("encoder_digest", [file.meta.encoder_digest for file in files], rows)
+    _check_same("tile_px", [file.meta.tile_px for file in files], rows)
+    strange = [
+        (row.slide_id, file.meta.slide_id)
+        for row, file in zip(rows, files, strict=True)
+        if file.meta.slide_id not in ("", row.slide_id)
+    ]
+    if strange:
+        logger.warning(
+            "%d feature files say that they are of another slide, the first is %s%s, of '%s'",
+            len(strange),
+            strange[0][0],
+            SUFFIX,
+            strange[0][1],
+        )
     pairs = [(file.meta.tile_mpp, row.slide_id) for row, file in zip(rows, files, strict=True)]
     known = [pair for pair in pairs if pair[0] > 0]  # converted files may not know it
     if known:
@@ -273,10 +314,10 @@ def _check_compatible(rows: Sequence[CohortRow], files: Sequence[FeatureFile]) -
 
 
 def _check_same(name: str, values: Iterable[str | int], rows: Sequence[CohortRow]) -> None:
-    """One value for all slides; an empty one is not known, as in converted files, and agrees with any."""
+    """One value for all slides; one that is not known, as in converted files, agrees with any."""
     first: tuple[str | int, str] | None = None
     for value, row in zip(values, rows, strict=True):
-        if value == "":
+        if value in ("", UNKNOWN_PX):
             continue
         first = first or (value, row.slide_id)
         if value != first[0]:

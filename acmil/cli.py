@@ -63,7 +63,9 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[field.annotation | None, parameter])
 
 
-def _command(name: str, model: type[BaseModel], target: str, summary: str, *, parent: App = app) -> None:
+def _command(
+    name: str, model: type[BaseModel], target: str, summary: str, *, parent: App = app, alias: Sequence[str] = ()
+) -> None:
     """Register a command: its options are the model's fields, its work the function `module:function`."""
 
     def run(*arguments: Any, **keywords: Any) -> int:
@@ -109,7 +111,7 @@ def _command(name: str, model: type[BaseModel], target: str, summary: str, *, pa
     signature = inspect.Signature([*fields, *shared])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__doc__ = summary
-    parent.command(run, name=name)
+    parent.command(run, name=name, alias=tuple(alias))
 
 
 def _announce(result: Any, *, quiet: bool) -> int:
@@ -143,12 +145,12 @@ _command(
     EvaluateConfig,
     "acmil.evaluation:evaluate",
     "Metrics with confidence intervals of a run on a cohort; predictions only where labels are missing.",
+    alias=["eval"],
 )
 _command("heatmap", HeatmapConfig, "acmil.heatmaps:heatmaps", "Attention maps over slides: PNG, GeoJSON, per-tile CSV.")
 _command(
     "umap", UmapConfig, "acmil.projection:umap", "UMAP of instance features, coloured by attention, label and slide."
 )
-app["evaluate"].alias = ("eval",)
 _command(
     "info",
     FeaturesInfoConfig,
@@ -242,6 +244,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
         return DONE
     except (ValueError, OSError, ImportError) as error:
         return _complain(error, arguments, FAILED)
+    except Exception as error:  # noqa: BLE001  a traceback is for --debug
+        return _complain(error, arguments, FAILED, said=_in_words(error))
     except KeyboardInterrupt:
         return _complain(
             KeyboardInterrupt("stopped; what was finished is kept, the same command goes on from there"), (), 130
@@ -249,10 +253,18 @@ def run_command_line(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else DONE
 
 
-def _complain(error: BaseException, arguments: Sequence[str], status: int) -> int:
+def _in_words(error: Exception) -> str:
+    """Say what became of an error that nobody foresaw; memory that runs out is a RuntimeError of torch's."""
+    text = f"{error}".strip().split("\n")[0]
+    if any(words in text.lower() for words in ("out of memory", "can't allocate memory", "not enough memory")):
+        return f"not enough memory: {text}. Lower batch_size or the model's sizes, or use another device."
+    return f"unexpected {type(error).__name__}: {text}. Give --debug to see where."
+
+
+def _complain(error: BaseException, arguments: Sequence[str], status: int, *, said: str | None = None) -> int:
     if "--debug" in arguments:
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {said or error}", file=sys.stderr)
     return status
 
 

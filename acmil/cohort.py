@@ -2,7 +2,9 @@
 
 import csv
 import difflib
+import logging
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +13,10 @@ from pathlib import Path
 COLUMNS = ("slide_id", "label", "case_id", "split")
 SPLITS = ("train", "val", "test")
 
+logger = logging.getLogger(__name__)
+
+_LIKE_CASES = ("patient", "subject", "participant", "case", "donor")  # in the name of a column that may be case_id's
+_MISSING = {"nan", "na", "n/a", "null", "<na>", "#n/a"}  # what programs write where there is no value
 _MAX_NAMED = 5  # more lines than this are counted, not listed
 
 
@@ -74,8 +80,9 @@ def read_cohort(path: Path, *, require_labels: bool = True) -> Cohort:
     """Read a cohort table.
 
     The table is CSV text (UTF-8; comma, semicolon or tab, taken from the header line) with a header in any order:
-    `slide_id`, `label`, and, if there, `case_id` and `split`. Other columns are ignored. `case_id` and `split` are
-    given for all rows or for none.
+    `slide_id`, `label`, and, if there, `case_id` and `split`. Other columns are ignored, but for one whose name is one
+    of these in another spelling; what looks like a column of patients is warned of. `case_id` and `split` are given for
+    all rows or for none.
 
     Args:
         path: The table.
@@ -86,7 +93,7 @@ def read_cohort(path: Path, *, require_labels: bool = True) -> Cohort:
 
     Raises:
         CohortError: If the file is missing, empty or not such a table, a column or a value is missing, a slide
-            occurs twice, or a split is none of train, val, test.
+            occurs twice, a split is none of train, val, test, or two labels are one in two spellings.
     """
     path = Path(path)
     (_, header), *records = list(_records(path)) or [(0, [])]
@@ -104,6 +111,7 @@ def read_cohort(path: Path, *, require_labels: bool = True) -> Cohort:
     _check_slide_ids(columns["slide_id"], lines, path)
     if require_labels:
         _check_filled("label", columns["label"], lines, path)
+    _check_labels(columns["label"], lines, path)
     has_cases, has_splits = any(columns["case_id"]), any(columns["split"])
     if has_cases:
         _check_filled("case_id", columns["case_id"], lines, path, mend="Give it for every slide, or for none.")
@@ -162,7 +170,24 @@ def _find_columns(header: Sequence[str], required: Sequence[str], path: Path) ->
     for name in COLUMNS:
         if names.count(name) > 1:
             raise CohortError(f"column {name!r} must occur once, found {names.count(name)} times ({path}).")
+        if name not in names:
+            for other in names:
+                if _letters(other) == _letters(name):
+                    raise CohortError(f"column {other!r} must be called {name!r} ({path}). Rename it.")
+    if "case_id" not in names:
+        like = [name for name in names if any(word in name.lower() for word in _LIKE_CASES)]
+        if like:
+            logger.warning(
+                "no column 'case_id' in %s: every slide counts as a patient of its own. If %r says whose a slide is, "
+                "rename it to 'case_id'",
+                path,
+                like[0],
+            )
     return {name: names.index(name) for name in COLUMNS if name in names}
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _nearest(wanted: str, names: Sequence[str]) -> str:
@@ -198,6 +223,40 @@ def _check_slide_ids(slide_ids: Sequence[str], lines: Sequence[int], path: Path)
                 "Several slides of one patient share a case_id, not a slide_id."
             )
         first_line[slide_id] = line
+
+
+def _check_labels(labels: Sequence[str], lines: Sequence[int], path: Path) -> None:
+    """No label says that there is none, and no two are one in two spellings: each would become a class."""
+    line_of = dict(zip(reversed(labels), reversed(lines), strict=True))  # the first
+    spellings: dict[str | float, list[str]] = defaultdict(list)
+    for label in filter(None, dict.fromkeys(labels)):
+        if label.casefold() in _MISSING:
+            raise CohortError(
+                f"label must name a class, got {label!r} on line {line_of[label]} ({path}). "
+                "Leave the row out, or give the class another name."
+            )
+        spellings[float(label) if _is_number(label) else label.casefold()].append(label)
+    for same in spellings.values():
+        if len(same) > 1:
+            raise CohortError(
+                f"a class must have one spelling, got {same[0]!r} on line {line_of[same[0]]} and {same[1]!r} on line "
+                f"{line_of[same[1]]} ({path}). Write them alike."
+            )
+
+
+def describe_classes(cohort: Cohort) -> str:
+    """Say how many slides and cases each class has.
+
+    >>> rows = (CohortRow("s1", "a", "c1", None), CohortRow("s2", "a", "c1", None), CohortRow("s3", "b", "c2", None))
+    >>> describe_classes(Cohort(rows, True, Path("cohort.csv")))
+    'a: 2 slides of 1 case, b: 1 slide of 1 case'
+    """
+    slides = Counter(row.label for row in cohort.rows)
+    cases = Counter(label for label, _ in {(row.label, row.case_id) for row in cohort.rows})
+    return ", ".join(
+        f"{name}: {slides[name]} slide{'s' * (slides[name] > 1)} of {cases[name]} case{'s' * (cases[name] > 1)}"
+        for name in cohort.classes
+    )
 
 
 def _check_splits_known(splits: Sequence[str], lines: Sequence[int], path: Path) -> None:

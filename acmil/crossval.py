@@ -14,7 +14,8 @@ import yaml
 
 from acmil import environment
 from acmil.bags import BagDataset
-from acmil.cohort import Cohort, CohortError, read_cohort
+from acmil.checkpoint import WeightsError
+from acmil.cohort import Cohort, CohortError, describe_classes, read_cohort
 from acmil.config import TrainConfig
 from acmil.crossval_summary import SlidePrediction, describe, summarise
 from acmil.engine import fit_jobs
@@ -26,7 +27,15 @@ from acmil.runs import RunError
 from acmil.selection import EpochRecord
 from acmil.splits import assign_folds, assign_splits, check_splits, write_splits
 from acmil.training import FitResult
-from acmil.training_run import Means, PreparedRun, choose_means, finish_run, is_finished, prepare_run
+from acmil.training_run import (
+    Means,
+    PreparedRun,
+    choose_means,
+    finish_run,
+    is_finished,
+    prepare_run,
+    refuse_other_features,
+)
 
 if TYPE_CHECKING:
     from acmil.config import CrossvalConfig
@@ -36,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 FOLD_COLUMNS = ("slide_id", "case_id", "label", "fold")
 
-_MAY_DIFFER = {"cohort", "out", "device", "precision", "engine", "n_seeds"}  # between a call and the one that goes on
+# Between a call and the one that goes on; cohort and features are compared by what they are.
+_MAY_DIFFER = {"cohort", "features", "out", "device", "precision", "engine", "n_seeds"}
 
 
 class CrossvalSummary(NamedTuple):
@@ -69,17 +79,18 @@ def crossval(config: "CrossvalConfig", *, progress: "Progress | None" = None) ->
         RunError: If the folder holds a cross-validation of other options or slides.
     """
     cohort, n_kept_out = _to_cross_validate(read_cohort(config.cohort))
+    logger.info("%s", describe_classes(cohort))
     fold_of = assign_folds(cohort, n_folds=config.n_folds, seed=config.split_seed)
     folds = [split_fold(cohort, fold_of, fold, config) for fold in range(config.n_folds)]
     bags = BagDataset(config.features, cohort.rows, classes=cohort.classes)
-    _refuse_another(config, cohort, fold_of)
+    _refuse_another(config, cohort, fold_of, bags)
     entries = [
         _Entry(fold, seed, _run_config(config, fold, seed), folds[fold])
         for fold in range(config.n_folds)
         for seed in range(config.n_seeds)
     ]
     means = choose_means(entries[0].config, n_features=bags.n_features, n_classes=len(cohort.classes))
-    _write_inputs(config, cohort, fold_of, folds)
+    _write_inputs(config, cohort, fold_of, folds, bags)
     errors = _train(entries, bags, means, progress)
     return _write_summary(config, cohort, entries, errors, n_kept_out)
 
@@ -142,13 +153,19 @@ def _train(
     going: list[tuple[_Entry, PreparedRun]] = []
     differing = 0
     for entry in entries:
-        if not is_finished(entry.config, entry.cohort):
-            run = prepare_run(entry.config, entry.cohort, bags, means, on_epoch=_reporter(entry, progress))
+        if not is_finished(entry.config, entry.cohort, bags):
+            try:
+                run = prepare_run(entry.config, entry.cohort, bags, means, on_epoch=_reporter(entry, progress))
+            except WeightsError as error:  # a state that cannot be read is the end of its run alone
+                errors[entry.fold, entry.seed] = f"{error}"
+                logger.error("fold %d seed %d failed: %s", entry.fold, entry.seed, error)
+                continue
             going.append((entry, run))
         else:
             differing += _in_force(entry.config.out) != (means.precision, means.engine)
-    if len(going) < len(entries):
-        logger.info("%d of %d runs are finished already", len(entries) - len(going), len(entries))
+    n_finished = len(entries) - len(going) - len(errors)
+    if n_finished:
+        logger.info("%d of %d runs are finished already", n_finished, len(entries))
     if differing and going:
         logger.warning(
             "%d of the finished runs were trained in another precision or by another engine than the others will be "
@@ -200,8 +217,8 @@ def _reporter(entry: _Entry, progress: "Progress | None") -> Callable[[EpochReco
     return on_epoch
 
 
-def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[str, int]) -> None:
-    """Refuse a folder that holds a cross-validation of other options or slides, or something else."""
+def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[str, int], bags: BagDataset) -> None:
+    """Refuse a folder that holds a cross-validation of other options, slides or features, or something else."""
     path = config.out / "config.yaml"
     if not path.is_file():
         return
@@ -231,13 +248,18 @@ def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[s
             f"{config.out} holds a cross-validation of other slides, labels or cases than {cohort.path} has now. "
             "Give another --out."
         )
+    refuse_other_features(config.out, description, bags)
 
 
 def _write_inputs(
-    config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[str, int], folds: Sequence[Cohort]
+    config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[str, int], folds: Sequence[Cohort], bags: BagDataset
 ) -> None:
     make_output_folder(config.out)
-    description = {"options": config.model_dump(mode="json"), **environment.describe()}  # the runs say how they trained
+    description = {  # the runs say how they trained
+        "options": config.model_dump(mode="json"),
+        "features": bags.origin,
+        **environment.describe(),
+    }
     write_text(config.out / "config.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
     write_text(config.out / "folds.csv", _fold_table(cohort, fold_of))
     for fold, splits in enumerate(folds):
@@ -341,7 +363,7 @@ def _write_predictions(path: Path, predictions: Sequence[SlidePrediction], class
             row.fold,
             row.seed,
             classes[max(range(len(classes)), key=row.probabilities.__getitem__)],
-            *(f"{value:.6f}" for value in row.probabilities),
+            *map(repr, row.probabilities),
         )
         for row in predictions
     )

@@ -1,7 +1,6 @@
 """Evaluation of a run on a cohort: metrics with intervals, predictions, plots."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,7 @@ from acmil.cohort import Cohort, CohortError, read_cohort
 from acmil.json_file import write_json
 from acmil.metrics import describe_metrics, few_cases, metrics_with_intervals, roc_points
 from acmil.preprocessing.output_folder import make_output_folder
-from acmil.runs import Run, load_run, write_predictions
+from acmil.runs import Run, RunError, load_run, write_predictions
 
 if TYPE_CHECKING:
     from acmil.config import EvaluateConfig
@@ -40,17 +39,23 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
 
     Raises:
         CohortError: If labels are partly missing, or are not classes of the run.
-        RunError: If the features are not of the model's encoder and resolution (unless forced).
+        RunError: If the features are not of the model's encoder and resolution (unless forced), or `out` is the folder
+            of a run.
     """
     run = load_run(config.run, device=config.device)
-    cohort = run.select(read_cohort(config.cohort, require_labels=False), config.split)
+    whole = read_cohort(config.cohort, require_labels=False)
+    cohort = run.select(whole, config.split)
+    n_left_out = len(whole.rows) - len(cohort.rows)
     labels = _labels(cohort, run)
     bags = BagDataset(config.features, cohort.rows, classes=run.classes if labels is not None else None)
     for meta in bags.metas:
         run.check_features(meta, force=config.force)
+    _refuse_run_folder(config.out)
     make_output_folder(config.out)
     probabilities = predict_all(run, bags, progress=progress)  # (S, C)
-    rows = [replace(row, split=run.splits.get(row.slide_id)) for row in cohort.rows]
+    for name in ("predictions.csv", "metrics.json", "roc.png"):  # of an earlier call: not all are written again
+        (config.out / name).unlink(missing_ok=True)
+    rows = cohort.rows
     write_predictions(config.out / "predictions.csv", rows, probabilities, run.classes)
     if labels is None:
         return EvaluationSummary(config.out, len(rows), None)
@@ -61,13 +66,24 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
         "cohort": str(config.cohort),
         "split": config.split,
         "n_slides": len(rows),
+        "n_left_out": n_left_out,
         "n_cases": len(set(cases)),
     }
     write_json(config.out / "metrics.json", {**description, "metrics": metrics})
     if (too_few := few_cases([str(row.label) for row in rows], cases)) is not None:
         logger.warning("%s", too_few)
+    absent = [name for index, name in enumerate(run.classes) if index not in labels]
+    if absent:
+        logger.warning("no slide of class %s: AUROC is not defined", ", ".join(absent))
     _write_roc(config.out / "roc.png", run, np.asarray(labels), probabilities, metrics)
     return EvaluationSummary(config.out, len(rows), metrics)
+
+
+def _refuse_run_folder(folder: Path) -> None:
+    """Refuse the folder of a run or a cross-validation, whose own results would be lost."""
+    for name in ("model.json", "splits.csv", "folds.csv", "state.pt"):
+        if (folder / name).is_file():
+            raise RunError(f"--out must not be the folder of a run, {folder} holds {name}. Give another --out.")
 
 
 def predict_all(run: Run, bags: BagDataset, *, progress: "Progress | None" = None) -> np.ndarray:

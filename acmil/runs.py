@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RESOLUTION_TOLERANCE = 0.02
+_USED = ("train", "val")  # splits
 _DESCRIPTION = ("model", "options", "classes", "encoder", "encoder_digest", "tile_px", "tile_mpp")  # of model.json
 
 
@@ -59,6 +60,7 @@ class Run:
     tile_px: int
     splits: Mapping[str, str]  # slide_id -> split
     case_splits: Mapping[str, str]  # case_id -> split
+    has_cases: bool  # whether its cohort said whose a slide is
     device: torch.device
 
     @torch.inference_mode()
@@ -119,34 +121,64 @@ class Run:
 
         Args:
             cohort: The cohort.
-            split: `train`, `val` or `test` of this run; `held-out`: every case neither trained nor selected on; `all`.
+            split: `train`, `val` or `test` of this run; `held-out`: every case neither trained nor selected on, by the
+                cases of the run and by those of the cohort; `all`.
+
+        Returns:
+            The slides, each with the split that the run had its slide or its case in, or None.
 
         Raises:
             CohortError: If no slide is left.
         """
-        placed = [(row, self.splits.get(row.slide_id) or self.case_splits.get(row.case_id)) for row in cohort.rows]
-        seen = sum(where in ("train", "val") for _, where in placed)
-        if split == "held-out":
-            rows = [row for row, where in placed if where not in ("train", "val")]
-            logger.info(
-                "%d slides held out; %d left out, since this run trained or selected on their cases", len(rows), seen
+        if self.has_cases and not cohort.has_cases:
+            logger.warning(
+                "%s has no case_id, as the run's cohort had: new slides of patients it trained on are not told apart",
+                cohort.path,
             )
+        rows = [
+            row.with_split(self.splits.get(row.slide_id) or self.case_splits.get(row.case_id)) for row in cohort.rows
+        ]
+        used = {row.case_id for row in rows if row.split in _USED}  # the cohort may know more of whose a slide is
+        seen = [row for row in rows if row.case_id in used]
+        if split == "held-out":
+            rows = [row for row in rows if row.case_id not in used]
+            self._say_what_is_left_out(len(rows), seen)
         elif split == "all":
-            rows = list(cohort.rows)
             if seen:
                 logger.warning(
-                    "%d of %d slides were used in training or selection: these figures flatter the model",
-                    seen,
+                    "%d of %d slides are of cases used in training or selection: these figures flatter the model",
+                    len(seen),
                     len(rows),
                 )
         else:
-            rows = [row for row, where in placed if where == split]
+            rows = [row for row in rows if row.split == split]
         if not rows:
             raise CohortError(
                 f"no slide of {cohort.path} is in '{split}' of {self.folder}. "
                 "Choose another --split, or another cohort."
             )
         return Cohort(rows=tuple(rows), has_cases=cohort.has_cases, path=cohort.path)
+
+    def _say_what_is_left_out(self, n_left: int, seen: Sequence[CohortRow]) -> None:
+        logger.info("%d slides held out; %d left out, since this run used their cases", n_left, len(seen))
+        new = [row for row in seen if row.slide_id not in self.splits]
+        if new:
+            logger.warning(
+                "%d of the slides left out are new to the run, which used their cases, the first is '%s' of case '%s'. "
+                "If these are other patients, give them other case ids",
+                len(new),
+                new[0].slide_id,
+                new[0].case_id,
+            )
+        moved = [row for row in seen if self.splits.get(row.slide_id) == "test"]
+        if moved:
+            logger.warning(
+                "%d test slides of the run are left out: by this cohort they are of cases that it used, the first is "
+                "'%s' of case '%s'",
+                len(moved),
+                moved[0].slide_id,
+                moved[0].case_id,
+            )
 
 
 def _agree(theirs: str | int, ours: str | int) -> bool:
@@ -161,14 +193,16 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         WeightsError: If the weights do not fit the model that `model.json` describes.
     """
     folder = Path(folder)
-    if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
+    if not all((folder / name).is_file() for name in ("model.json", "model.safetensors", "splits.csv")):
         if (folder / "splits.csv").is_file():
             hint = "Its training is not finished: run `acmil train` again to resume it."
         elif (folder / "folds.csv").is_file():
             hint = "It is of `acmil crossval`: give one of its run folders, such as fold_0/seed_0 in it."
         else:
             hint = "Give the --out folder of `acmil train`."
-        raise RunError(f"{folder} is not a finished run folder (it needs model.json and model.safetensors). {hint}")
+        raise RunError(
+            f"{folder} is not a finished run folder (it needs model.json, model.safetensors and splits.csv). {hint}"
+        )
     description = _read_description(folder / "model.json")
     model = create_model(description["model"], **description["options"])
     load_weights(folder / "model.safetensors", model)
@@ -185,6 +219,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         tile_px=description["tile_px"],
         splits={row["slide_id"]: row["split"] for row in rows},
         case_splits={row["case_id"]: row["split"] for row in rows},
+        has_cases=any(row["case_id"] != row["slide_id"] for row in rows),
         device=chosen,
     )
 
@@ -215,6 +250,6 @@ def write_predictions(path: Path, rows: Sequence[CohortRow], probabilities: np.n
                     row.split or "",
                     row.label or "",
                     classes[int(values.argmax())],
-                    *(f"{value:.6f}" for value in values),
+                    *map(repr, values.tolist()),  # as they are: rounded ones are equal where these are not
                 ]
             )

@@ -1,6 +1,7 @@
 """One training run: from a cohort and its features to a run folder."""
 
 import csv
+import io
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import yaml
 from acmil import environment
 from acmil.bags import BagDataset
 from acmil.checkpoint import load_state, save_state, save_weights
-from acmil.cohort import SPLITS, Cohort, CohortRow, read_cohort
+from acmil.cohort import SPLITS, Cohort, CohortRow, describe_classes, read_cohort
 from acmil.engine import Engine, TrainingJob, choose_engine, fit_jobs
 from acmil.json_file import write_json
 from acmil.metrics import classification_metrics, describe_metrics, few_cases, metrics_with_intervals
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 10.0  # between two states of a run, as an epoch may take milliseconds
 
 _WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
-_BY_WHAT_IT_IS = {"cohort", "precision", "engine"}  # and those compared by what they stand for
+_BY_WHAT_IT_IS = {"cohort", "features", "precision", "engine"}  # and those compared by what they stand for
 
 
 class RunSummary(NamedTuple):
@@ -76,6 +77,7 @@ class PreparedRun:
         config: Its options.
         cohort: Its slides, each with its split.
         bags: Its bags by split.
+        origin: What their features are.
         model: What is trained; the job's.
         job: What to train.
         n_epochs_done: Epochs that an earlier attempt left.
@@ -85,6 +87,7 @@ class PreparedRun:
     config: "TrainConfig"
     cohort: Cohort
     bags: Mapping[str, BagDataset]
+    origin: Mapping[str, Any]
     model: MILModel
     job: TrainingJob
     n_epochs_done: int
@@ -99,6 +102,7 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
         RunError: If the folder holds a run of other options.
     """
     cohort = _split_cohort(config)
+    logger.info("%s", describe_classes(cohort))
     test = [row for row in cohort.rows if row.split == "test"]
     if (too_few := few_cases([str(row.label) for row in test], [row.case_id for row in test])) is not None:
         logger.warning("test set: %s", too_few)
@@ -160,9 +164,10 @@ def prepare_run(
     Raises:
         RunError: If the folder holds a run of other options, or one begun in another way.
     """
-    state = _resume(config, cohort, means)
+    bags = bags.select(row.slide_id for row in cohort.rows)
+    state = _resume(config, cohort, bags, means)
     in_force = {"device": str(means.device), "precision": means.precision, "engine": means.engine}
-    _write_inputs(config, cohort, in_force=in_force)
+    _write_inputs(config, cohort, bags, in_force=in_force)
     slides = {split: [row.slide_id for row in cohort.rows if row.split == split] for split in SPLITS}
     by_split = {split: bags.select(slide_ids) for split, slide_ids in slides.items() if slide_ids}
     model = build_model(config, in_features=bags.n_features, n_classes=len(cohort.classes))
@@ -189,7 +194,7 @@ def prepare_run(
         state=state,
         checkpoint=_Checkpoint(config.out / "state.pt", epochs=config.epochs),
     )
-    return PreparedRun(config, cohort, by_split, model, job, n_epochs_done, history)
+    return PreparedRun(config, cohort, by_split, bags.origin, model, job, n_epochs_done, history)
 
 
 def finish_run(run: PreparedRun, result: FitResult) -> RunSummary:
@@ -200,13 +205,13 @@ def finish_run(run: PreparedRun, result: FitResult) -> RunSummary:
     return RunSummary(run.config.out, metrics, run.config.epochs, seconds)
 
 
-def is_finished(config: "TrainConfig", cohort: Cohort) -> bool:
-    """Whether the run folder holds all that these options lead to.
+def is_finished(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> bool:
+    """Whether the run folder holds all that these options lead to, with the slides' bags as they are.
 
     Raises:
-        RunError: If it holds a run of other options.
+        RunError: If it holds a run of other options, slides or features.
     """
-    _refuse_another_run(config, cohort)
+    _refuse_another_run(config, cohort, bags.select(row.slide_id for row in cohort.rows))
     return (config.out / "metrics.json").is_file()  # written last
 
 
@@ -247,10 +252,11 @@ class _History:
         for name, value in row.items():
             if name != "epoch":
                 self._events.add_scalar(name, value, record.epoch)
-        with (self._folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(self._rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(row))
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self._folder / "history.csv", table.getvalue())
 
     def close(self) -> None:
         if self._events is not None:
@@ -289,11 +295,12 @@ def _split_cohort(config: "TrainConfig") -> Cohort:
     return cohort
 
 
-def _refuse_another_run(config: "TrainConfig", cohort: Cohort) -> None:
-    """Refuse a folder that holds a run of other options, slides or splits."""
+def _refuse_another_run(config: "TrainConfig", cohort: Cohort, bags: BagDataset) -> None:
+    """Refuse a folder that holds a run of other options, slides, splits or features."""
     if not (config.out / "config.yaml").is_file():
         return
-    before = _options_of(config.out / "config.yaml")
+    description = _description_of(config.out / "config.yaml")
+    before = description["options"]
     now = config.model_dump(mode="json")
     changed = [
         f"{key}: {before.get(key)} → {now[key]}"
@@ -308,11 +315,27 @@ def _refuse_another_run(config: "TrainConfig", cohort: Cohort) -> None:
         raise RunError(
             f"{config.out} holds a run on other slides or splits than {cohort.path} has now. Give another --out."
         )
+    refuse_other_features(config.out, description, bags)
 
 
-def _resume(config: "TrainConfig", cohort: Cohort, means: Means) -> dict[str, Any] | None:
+def refuse_other_features(folder: Path, description: Mapping[str, Any], bags: BagDataset) -> None:
+    """Refuse to go on in a folder whose config.yaml, as it was read, tells of other features than these bags'.
+
+    Raises:
+        RunError: If it does.
+    """
+    before, now = description.get("features") or {}, bags.origin
+    if before.get("digest") != now["digest"]:
+        changed = [f"{key}: {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]]
+        raise RunError(
+            f"{folder} was begun with other features than {bags.feature_dir} holds now ({'; '.join(changed)}). "
+            "Give another --out, or delete it."
+        )
+
+
+def _resume(config: "TrainConfig", cohort: Cohort, bags: BagDataset, means: Means) -> dict[str, Any] | None:
     """The state of an unfinished run of the same options in the run folder, if there is one."""
-    _refuse_another_run(config, cohort)
+    _refuse_another_run(config, cohort, bags)
     if not (config.out / "config.yaml").is_file() or not (config.out / "state.pt").is_file():
         return None
     state = load_state(config.out / "state.pt")
@@ -331,8 +354,8 @@ def _resume(config: "TrainConfig", cohort: Cohort, means: Means) -> dict[str, An
     return state
 
 
-def _options_of(path: Path) -> dict[str, Any]:
-    """The options in the config.yaml of a run folder; other commands' folders have a file of that name as well."""
+def _description_of(path: Path) -> dict[str, Any]:
+    """What config.yaml of a run folder holds; other commands' folders have a file of that name as well."""
     try:
         description = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -340,14 +363,15 @@ def _options_of(path: Path) -> dict[str, Any]:
     options = description.get("options") if isinstance(description, dict) else None
     if not isinstance(options, dict) or "cohort" not in options:
         raise RunError(f"--out must be a folder of its own, {path} is not that of a training run. Give another --out.")
-    return options
+    return description
 
 
-def _write_inputs(config: "TrainConfig", cohort: Cohort, *, in_force: Mapping[str, str]) -> None:
+def _write_inputs(config: "TrainConfig", cohort: Cohort, bags: BagDataset, *, in_force: Mapping[str, str]) -> None:
     make_output_folder(config.out)
     description = {
         "options": config.model_dump(mode="json"),
         "in_force": dict(in_force),
+        "features": bags.origin,
         **environment.describe(),
     }
     write_text(config.out / "config.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
@@ -361,16 +385,13 @@ def _write_results(run: PreparedRun, result: FitResult) -> dict[str, Any]:
     save_weights(config.out / "last.safetensors", model)
     model.load_state_dict(result.best_weights)
     save_weights(config.out / "model.safetensors", model)
-    meta = bags["train"].metas[0]
+    origin = run.origin
     description = {
         "model": model.name,
         "options": model.options,
         "classes": list(cohort.classes),
         "selected_epoch": result.best_epoch,
-        "encoder": meta.encoder,
-        "encoder_digest": meta.encoder_digest,
-        "tile_px": meta.tile_px,
-        "tile_mpp": meta.tile_mpp,
+        **{name: origin[name] for name in ("encoder", "encoder_digest", "tile_px", "tile_mpp")},
     }
     write_json(config.out / "model.json", description)
     trained = load_run(config.out, device=config.device)

@@ -1,6 +1,7 @@
 """Bags: what is read equals what was written, lazily; what does not go together is refused."""
 
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,7 @@ def test_job_folder_instead_of_its_features(tmp_path: Path) -> None:
         (5, {}, "same n_features, got 4 for '007' and 5 for 'odd'"),
         (4, {"encoder": "other"}, "same encoder, got 'tiny' for '007' and 'other' for 'odd'"),
         (4, {"encoder_digest": "d2"}, "same encoder_digest, got 'd1' for '007' and 'd2' for 'odd'"),
+        (4, {"tile_px": 512}, "same tile_px, got 256 for '007' and 512 for 'odd'"),
         (4, {"tile_mpp": 0.506}, "within 1%, got 0.5 µm/px for '007' and 0.506 µm/px for 'odd'"),
         (4, {"tile_mpp": 0.25}, "within 1%, got 0.25 µm/px for 'odd' and 0.5 µm/px for '007'"),
     ],
@@ -164,6 +166,12 @@ def test_features_that_do_not_go_together(
     with pytest.raises(BagError) as caught:
         BagDataset(tmp_path, [row("007"), row("odd")], classes=None)
     assert said in str(caught.value)
+
+
+def test_a_file_of_another_slide_is_told_of(tmp_path: Path, written: dict, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(tmp_path / "007.h5", tmp_path / "008.h5")
+    BagDataset(tmp_path, [row("007"), row("008")], classes=None)
+    assert "1 feature files say that they are of another slide, the first is 008.h5, of '007'" in caplog.text
 
 
 @pytest.mark.parametrize("changes", [{"tile_mpp": 0.504}, {"tile_mpp": float("nan")}, {"encoder_digest": ""}])

@@ -69,6 +69,32 @@ def test_wrong_command_lines_exit_2_with_the_mend(capsys, arguments, message):
     assert len(error.strip().splitlines()) <= 2
 
 
+def test_eval_is_evaluate(capsys):
+    assert run_command_line(["eval", "--help"]) == 0
+    assert "held-out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "not enough memory: CUDA out of memory."),
+        (KeyError("test"), "unexpected KeyError: 'test'. Give --debug to see where."),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch, capsys, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("acmil.evaluation.evaluate", fail)
+    arguments = ["evaluate", "r", "c", "--features", "f", "--out", "o"]
+    assert run_command_line(arguments) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+    assert run_command_line([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_failing_input_exits_1_and_debug_shows_the_traceback(capsys, tmp_path):
     arguments = ["train", str(tmp_path / "none.csv"), "--features", str(tmp_path), "--out", str(tmp_path / "run")]
     assert run_command_line(arguments) == 1

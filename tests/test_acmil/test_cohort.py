@@ -125,3 +125,31 @@ def test_reference_cohort(shared_data: Path) -> None:
     assert len({row.case_id for row in cohort.rows}) == 362
     assert cohort.classes == ("0", "1")
     assert sum(row.label == "1" for row in cohort.rows) == 111 + 49
+
+
+@pytest.mark.parametrize(("column", "name"), [("Case_ID", "case_id"), ("case id", "case_id"), ("Split", "split")])
+def test_a_known_column_in_another_spelling_is_refused(tmp_path: Path, column: str, name: str) -> None:
+    text = f"slide_id,label,{column}\ns1,a,train\ns2,b,test\n"
+    assert f"column {column!r} must be called {name!r}" in refusal(tmp_path, text)
+
+
+def test_a_column_of_patients_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_cohort(write(tmp_path, "slide_id,label,patient_id\ns1,a,p1\ns2,b,p1\n"))
+    assert "If 'patient_id' says whose a slide is, rename it to 'case_id'" in caplog.text
+    caplog.clear()
+    read_cohort(write(tmp_path, "slide_id,label,case_id,patient_id\ns1,a,p1,p1\ns2,b,p1,p1\n"))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["Tumour", "tumour"], "a class must have one spelling, got 'Tumour' on line 2 and 'tumour' on line 3"),
+        (["0", "1", "1.0"], "a class must have one spelling, got '1' on line 3 and '1.0' on line 4"),
+        (["a", "nan"], "label must name a class, got 'nan' on line 3"),
+        (["a", "N/A", "b"], "label must name a class, got 'N/A' on line 3"),
+    ],
+)
+def test_labels_that_would_be_classes_by_mistake(tmp_path: Path, labels: list[str], said: str) -> None:
+    rows = "".join(f"s{number},{label}\n" for number, label in enumerate(labels))
+    assert said in refusal(tmp_path, "slide_id,label\n" + rows)

@@ -322,6 +322,25 @@ def test_a_folder_of_other_options_slides_or_kind_is_refused(finished, bare_coho
         load_run(finished)
 
 
+def test_seeds_on_other_features_are_refused(bare_cohort, other_cohort, tmp_path):
+    crossval(options(bare_cohort, tmp_path / "out", n_seeds=1, epochs=1))
+    other = bare_cohort._replace(features=other_cohort(tmp_path / "other", encoder="another").features)
+    with pytest.raises(RunError, match=r"begun with other features .*encoder: synthetic → another"):
+        crossval(options(other, tmp_path / "out", epochs=1))
+
+
+def test_a_state_that_cannot_be_read_is_a_row_and_the_others_finish(bare_cohort, tmp_path):
+    crossval(options(bare_cohort, tmp_path / "out", n_seeds=1, epochs=1))
+    damaged = tmp_path / "out" / "fold_1" / "seed_0"
+    (damaged / "metrics.json").unlink()
+    (damaged / "state.pt").write_bytes(b"damaged")
+    assert crossval(options(bare_cohort, tmp_path / "out", epochs=1)).failed == 1
+    rows = {(row["fold"], row["seed"]): row for row in read_csv(tmp_path / "out" / "runs.csv")}
+    assert rows["1", "0"]["status"] == "failed"
+    assert "Delete it to start the run afresh" in rows["1", "0"]["error"]
+    assert [row["status"] for row in rows.values()].count("done") == FOLDS * SEEDS - 1
+
+
 def test_runs_of_another_engine_are_told_of(bare_cohort, tmp_path, caplog):
     crossval(options(bare_cohort, tmp_path / "out", n_seeds=1, epochs=1, precision="bf16"))
     crossval(options(bare_cohort, tmp_path / "out", n_seeds=2, epochs=1, precision="fp32"))

@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from acmil.cohort import CohortError
-from acmil.config import EvaluateConfig
+from acmil.bags import BagDataset
+from acmil.cohort import CohortError, read_cohort
+from acmil.config import EvaluateConfig, TrainConfig
 from acmil.evaluation import evaluate
 from acmil.runs import RunError, load_run
+from acmil.training_run import train
 
 
 def options(run, cohort, out, **others):
@@ -47,14 +49,76 @@ def test_held_out_is_what_the_run_did_not_see(trained_run, feature_cohort, tmp_p
     assert (tmp_path / "roc.png").stat().st_size > 5000
 
 
-def test_a_new_slide_of_a_training_case_is_not_held_out(trained_run, feature_cohort, tmp_path):
-    def rename(row):  # the slide is unknown to the run, its case is not
-        return row | {"case_id": "c000"} if row["split"] == "test" and row["slide_id"] == "s012" else row
+def test_a_slide_of_a_training_case_is_not_held_out_by_what_the_cohort_says(
+    trained_run, feature_cohort, tmp_path, caplog
+):
+    """A test slide of the run that turns out to be of a patient it trained on."""
 
-    summary = evaluate(options(trained_run, rewrite(feature_cohort, tmp_path, rename), tmp_path / "out"))
-    assert summary.n_slides == 8, "a slide that the run knows keeps its split"
-    rows = [row for row in read_csv(feature_cohort.csv) if row["split"] == "test"]
-    assert rows[0]["slide_id"] == "s012"
+    def move(row):
+        return row | {"case_id": "c000"} if row["slide_id"] == "s012" else row
+
+    assert next(row["split"] for row in read_csv(feature_cohort.csv) if row["slide_id"] == "s012") == "test"
+    summary = evaluate(options(trained_run, rewrite(feature_cohort, tmp_path, move), tmp_path / "out"))
+    assert summary.n_slides == 7
+    assert "1 test slides of the run are left out" in caplog.text
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["n_left_out"] == 25
+
+
+def test_cases_that_the_run_was_not_told_of_are_kept_apart(feature_cohort, tmp_path):
+    """Trained without case_id, evaluated with it: no slide is of a case that was trained or selected on."""
+    bare = rewrite(feature_cohort, tmp_path, lambda row: {name: row[name] for name in ("slide_id", "label")})
+    train(TrainConfig(cohort=bare.csv, features=bare.features, out=tmp_path / "run", epochs=1, device="cpu"))
+    used = {row["slide_id"] for row in read_csv(tmp_path / "run" / "splits.csv") if row["split"] != "test"}
+    cases = {row["slide_id"]: row["case_id"] for row in read_csv(feature_cohort.csv)}
+    cohort = rewrite(feature_cohort, tmp_path, lambda row: row | {"split": ""})
+    run = load_run(tmp_path / "run", device="cpu")
+    rows = run.select(read_cohort(cohort.csv), "all").rows
+    clean = {row.slide_id for row in rows} - {s for s in cases if cases[s] in {cases[slide] for slide in used}}
+    if clean:
+        assert {row.slide_id for row in run.select(read_cohort(cohort.csv), "held-out").rows} == clean
+    else:
+        with pytest.raises(CohortError, match="no slide"):
+            run.select(read_cohort(cohort.csv), "held-out")
+
+
+def test_new_slides_left_out_for_their_case_alone_are_told_of(trained_run, feature_cohort, tmp_path, caplog):
+    new = rewrite(feature_cohort, tmp_path, lambda row: row | {"slide_id": "x" + row["slide_id"]})
+    rows = load_run(trained_run, device="cpu").select(read_cohort(new.csv), "held-out").rows
+    assert len(rows) == 8
+    assert "24 of the slides left out are new to the run" in caplog.text
+    bare = rewrite(feature_cohort, tmp_path, lambda row: {"slide_id": row["slide_id"]})
+    load_run(trained_run, device="cpu").select(read_cohort(bare.csv, require_labels=False), "held-out")
+    assert "has no case_id, as the run's cohort had" in caplog.text
+
+
+def test_the_folder_of_a_run_is_refused(trained_run, feature_cohort):
+    before = {path.name: path.read_bytes() for path in trained_run.iterdir() if path.is_file()}
+    with pytest.raises(RunError, match=r"holds model\.json. Give another --out"):
+        evaluate(options(trained_run, feature_cohort, trained_run))
+    assert {path.name: path.read_bytes() for path in trained_run.iterdir() if path.is_file()} == before
+
+
+def test_nothing_of_an_earlier_call_is_left(trained_run, feature_cohort, tmp_path):
+    evaluate(options(trained_run, feature_cohort, tmp_path / "out"))
+    bare = rewrite(feature_cohort, tmp_path, lambda row: {"slide_id": row["slide_id"], "case_id": row["case_id"]})
+    evaluate(options(trained_run, bare, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
+
+
+def test_predictions_are_written_as_they_are(trained_run, feature_cohort, tmp_path):
+    evaluate(options(trained_run, feature_cohort, tmp_path / "out"))
+    run = load_run(trained_run, device="cpu")
+    for row in read_csv(tmp_path / "out" / "predictions.csv"):
+        bags = BagDataset(feature_cohort.features, read_cohort(feature_cohort.csv).rows, classes=run.classes)
+        expected = run.probabilities(bags.select([row["slide_id"]])[0])
+        assert [float(row[f"probability_{name}"]) for name in run.classes] == expected.tolist()
+        break
+
+
+def test_an_absent_class_is_named(trained_run, feature_cohort, tmp_path, caplog):
+    normal = rewrite(feature_cohort, tmp_path, lambda row: row if row["label"] == "normal" else None)
+    evaluate(options(trained_run, normal, tmp_path / "out"))
+    assert "no slide of class tumour: AUROC is not defined" in caplog.text
 
 
 def test_all_warns_that_training_slides_flatter(trained_run, feature_cohort, tmp_path, caplog):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 
+import h5py
 import numpy as np
 import pytest
 import yaml
@@ -199,6 +201,32 @@ def test_a_cohort_that_changed_under_the_run_is_refused(feature_cohort, tmp_path
     table.write_text(table.read_text().replace("s000,normal,c000,train\n", ""))
     with pytest.raises(RunError, match="other slides or splits"):
         train(options(changed, tmp_path / "run", epochs=1))
+
+
+def test_features_that_changed_under_the_run_are_refused_and_moved_ones_are_not(feature_cohort, other_cohort, tmp_path):
+    """Finished or not: the weights are those of the features that the run began with."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(feature_cohort.features, moved)
+    cohort = feature_cohort._replace(features=moved)
+    train(options(feature_cohort, tmp_path / "run", epochs=1))
+    before = (tmp_path / "run" / "model.json").read_bytes()
+    train(options(cohort, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "model.json").read_bytes() == before
+    shutil.rmtree(moved)
+    shutil.copytree(other_cohort(tmp_path / "other", encoder="another", tile_mpp=1.0).features, moved)
+    with pytest.raises(RunError, match=r"other features than .*elsewhere holds now \(encoder: synthetic → another"):
+        train(options(cohort, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "model.json").read_bytes() == before
+
+
+def test_what_one_file_does_not_say_of_its_features_others_do(feature_cohort, tmp_path):
+    shutil.copytree(feature_cohort.features, tmp_path / "features")
+    with h5py.File(tmp_path / "features" / "s000.h5", "r+") as file:
+        file.attrs["encoder"] = file.attrs["encoder_digest"] = ""  # not known, as in converted files
+    train(options(feature_cohort._replace(features=tmp_path / "features"), tmp_path / "run", epochs=1))
+    description = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert (description["encoder"], description["encoder_digest"]) == ("synthetic", "0" * 64)
+    assert (description["tile_px"], description["tile_mpp"]) == (224, 0.5)
 
 
 def test_a_cohort_without_splits_is_split_by_case(feature_cohort, tmp_path):
