@@ -1,5 +1,6 @@
 """The command line: parses options into the config models and calls one function a command."""
 
+import errno
 import inspect
 import logging
 import os
@@ -39,6 +40,7 @@ app = App(
     help_epilogue="Everywhere: --config FILE.yaml (options from a file or preset), --quiet, --debug (show tracebacks).",
     result_action="return_value",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # what was finished is told of below
 )
 samples = App(name="samples", help="Real sample slides, weights and bags out of published packages, checksummed.")
 app.command(samples)
@@ -242,7 +244,12 @@ def run_command_line(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         return DONE
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f" for {error.filename}" if error.filename else ""
+        said = f"no space left on the disk{where}. Free some: the same command goes on from there." if full else None
+        return _complain(error, arguments, FAILED, said=said)
+    except (ValueError, ImportError) as error:
         return _complain(error, arguments, FAILED)
     except Exception as error:  # noqa: BLE001  a traceback is for --debug
         return _complain(error, arguments, FAILED, said=_in_words(error))

@@ -220,6 +220,7 @@ def _disagreements(
     wanted = encoder or _most_common(slide.encoder for _, slide in slides)
     digest = _most_common(slide.extras.get("encoder_digest") for _, slide in slides)
     tile_mpp = _most_common(slide.geometry.tile_mpp for _, slide in slides)
+    tile_px = _most_common(slide.geometry.tile_px for _, slide in slides)
     for place, slide in slides:
         problems = []
         if slide.n_features != n_features:
@@ -232,6 +233,8 @@ def _disagreements(
         mpp = slide.geometry.tile_mpp
         if mpp is not None and abs(mpp / tile_mpp - 1) > TILE_MPP_TOLERANCE:
             problems.append(f"tile_mpp must be {tile_mpp:.4g}, as in most files, got {mpp:.4g}.")
+        if slide.geometry.tile_px not in (None, tile_px):
+            problems.append(f"tile_px must be {tile_px}, as in most files, got {slide.geometry.tile_px}.")
         if problems:
             yield place, problems
 

@@ -98,6 +98,8 @@ def convert(config: "FeaturesConvertConfig", *, progress: "Progress | None" = No
         FormatError: If a file cannot be read, the target needs what is not known, an option contradicts a file, or a
             feature is NaN or infinite.
     """
+    if config.to == ACMIL and (config.out / "config.yaml").is_file():
+        raise FormatError(f"--out must not be the folder of a job, whose features would be replaced ({config.out}).")
     slides = partial(_slides, config, feature_files(config.path), _slide_sources(config.slides))
     labels, n_tiles, unknown = _survey(config, slides())
     if config.to == acmil_reference.NAME and config.cohort:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from acmil.preprocessing.process_name import has_ended, process_name
+from acmil.preprocessing.process_name import has_ended, is_process_name, process_name
 
 TEMPORARY_SUFFIX = ".tmp"
 _OLD_SECONDS = 3600.0  # no file here takes that long to write
@@ -31,8 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if os.name == "posix" or not temporary.is_dir():  # elsewhere a folder cannot be opened to be flushed
             _flush_to_disk(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writing to an open file does not say which
         raise
     if os.name == "posix":
         _flush_to_disk(path.parent)
@@ -59,8 +61,11 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder`; others may be writing theirs there now."""
-    leftovers = list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    """Remove the temporary files that a killed process left in `folder`; others may be writing theirs there now.
+
+    What is not named as `replacing` names its files is somebody else's, and stays.
+    """
+    leftovers = [path for path in folder.glob(f".*{TEMPORARY_SUFFIX}") if is_process_name(_writer(path))]
     if not leftovers:
         return
     probe = folder / f".clock.{process_name()}{TEMPORARY_SUFFIX}"

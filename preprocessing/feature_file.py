@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from acmil.preprocessing.atomic import replacing
+from acmil.preprocessing.hdf5 import writing_hdf5
 
 FORMAT = "acmil-features"
 FORMAT_VERSION = 1
@@ -178,7 +178,7 @@ def write_feature_file(
     _check_finite(path, features, mend="float16 holds up to 65504: try feature_dtype float32, or precision fp32.")
     # Alignment: a memory-mapped array must start at a multiple of its item size.
     alignment = {"alignment_threshold": 1, "alignment_interval": 8}
-    with replacing(path) as temporary, h5py.File(temporary, "w", **alignment) as file:
+    with writing_hdf5(path, **alignment) as file:
         file.create_dataset("features", data=features)
         file.create_dataset("coords", data=coords.astype(np.int64, copy=False))
         file.create_dataset("tissue_fraction", data=tissue_fraction.astype(np.float32, copy=False))

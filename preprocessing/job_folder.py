@@ -64,6 +64,8 @@ class JobFolder:
         beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         _check_outlines(outlines, path)
+        if (path / "config.yaml").is_file():
+            read_numbers(path / "config.yaml")  # refuses a folder that is something else
         self._outlines = outlines
         self.tiles = tiles
         self.path = path
@@ -107,6 +109,13 @@ class JobFolder:
         Where pictures of the tiles are asked for, they must be there too: a job that is given that option later does
         its slides again, and comes to the same features.
         """
+        file = self.features_of(source)
+        if file is None or self.tiles is None or self.tiles.has(source.slide_id, file.n_tiles):
+            return file
+        return None
+
+    def features_of(self, source: SlideSource) -> FeatureFile | None:
+        """Return a slide's feature file if it is whole and of these options."""
         try:
             file = open_feature_file(self.features(source.slide_id), check_values=False)  # they were when written
         except FeatureFileError:
@@ -114,8 +123,6 @@ class JobFolder:
         is_same = file.meta.preprocessing_digest == self._digest_now(source.slide_id)
         is_same = is_same and file.meta.slide_id == source.slide_id
         is_same = is_same and _agrees(source.mpp, file.meta.level0_mpp) and self._has_same_outlines(source.slide_id)
-        if is_same and self.tiles is not None:
-            is_same = self.tiles.has(source.slide_id, file.n_tiles)
         return file if is_same else None
 
     def was_empty(self, source: SlideSource) -> bool:
@@ -124,10 +131,15 @@ class JobFolder:
         was_empty = row is not None and row.status == "empty" and _agrees(source.mpp, row.mpp)
         return was_empty and self._has_same_outlines(source.slide_id)
 
-    def clear(self, slide_id: str) -> None:
-        """Remove what earlier tries left of a slide, so that nothing of them stays if this one fails."""
+    def clear(self, slide_id: str, *, keep_features: bool = False) -> None:
+        """Remove what earlier tries left of a slide, so that nothing of them stays if this one fails.
+
+        Features that are right as they are may be kept, and the outlines that they are of.
+        """
+        kept = (self.features(slide_id), self._tissue(slide_id)) if keep_features else ()
         for path in self._outputs(slide_id):
-            remove(path)
+            if path not in kept:
+                remove(path)
         self.ledger.forget(slide_id)
 
     def clear_leftovers(self, slide_id: str) -> None:

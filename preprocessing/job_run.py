@@ -70,6 +70,7 @@ class JobRun:
         self._limits = config.quality_limits
         self._tiles: TileWriter | None = None
         self._is_warm = False
+        self._renewed: set[str] = set()  # slides that stand under the name of others, which were done before
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
         self.n_kept_tiles = 0
@@ -179,12 +180,25 @@ class JobRun:
             if lease.generation:
                 logger.warning("%s: taken over from a process that gave no sign of life", slide_id)
                 folder.clear_leftovers(slide_id)
-            folder.clear(slide_id)
+            is_renewed = slide_id in self._renewed
+            self._renewed.discard(slide_id)
+            folder.clear(slide_id, keep_features=not is_renewed and folder.features_of(source) is not None)
             yield source
 
     def _finished(self, source: SlideSource) -> Row | None:
         """A slide's row, if nothing is left to do for it."""
         row = self._folder.ledger.get(source.slide_id)
+        if source.slide_id in self._renewed:
+            return None
+        if row is not None and not _is_same_slide(row, source):
+            self._renewed.add(source.slide_id)
+            logger.warning(
+                "%s: %s is not the slide that was done under this name, %s: it is done anew",
+                source.slide_id,
+                source.path,
+                row.path,
+            )
+            return None
         if (file := self._folder.finished(source)) is None:
             return row if self._folder.was_empty(source) else None
         path = str(source.path.absolute())
@@ -276,6 +290,7 @@ class JobRun:
             ink_removed=round(tissue.ink_removed, 4),
             alarms="; ".join(alarms),
             tiles_dropped=len(prepared.grid) - n_tiles,
+            file_bytes=prepared.source.path.stat().st_size,
             **quality_summary(embedded.quality),
         )
 
@@ -289,6 +304,16 @@ class JobRun:
 
     def _note(self, batch: TileBatch) -> None:
         self._progress.advance(0, f"{batch.prepared.source.slide_id}: {batch.stop} of {len(batch.prepared.grid)} tiles")
+
+
+def _is_same_slide(row: Row, source: SlideSource) -> bool:
+    """Whether a slide that was asked for is the one of a row, by the size of its file; it may have been moved."""
+    if row.status not in ("done", "empty") or row.file_bytes is None:
+        return True
+    try:
+        return source.path.stat().st_size == row.file_bytes
+    except OSError:
+        return True  # what is there cannot be told now: nothing is thrown away
 
 
 def _why_empty(prepared: PreparedSlide) -> str:

@@ -49,6 +49,8 @@ class Row:
         blood_mean: Mean share that is red cells, in [0, 1].
         dark_mean: Mean share that is dark, in [0, 1].
         stain_mean: Mean optical density of the tissue.
+        file_bytes: Size of the slide file, by which another slide of its name is told from the same one at another
+            place; None where it is not known.
     """
 
     slide_id: str
@@ -67,6 +69,7 @@ class Row:
     blood_mean: float | None = None
     dark_mean: float | None = None
     stain_mean: float | None = None
+    file_bytes: int | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -200,6 +203,7 @@ def _row(cells: dict[str, str], where: str) -> Row:
             blood_mean=_float(cells["blood_mean"]),
             dark_mean=_float(cells["dark_mean"]),
             stain_mean=_float(cells["stain_mean"]),
+            file_bytes=int(cells["file_bytes"]) if cells["file_bytes"] else None,
         )
     except (ValueError, TypeError) as error:
         raise LedgerError(f"slides.csv must hold rows as they were written, got {error} ({where}).") from error

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 import secrets
 import socket
 from functools import cache
 from pathlib import Path
 
+_FORM = re.compile(r"[0-9a-f]{12}-[0-9]+-[0-9]+-[0-9a-f]{8}")
 _PROC = Path("/proc")
 _ENDED_STATES = "ZX"  # a killed process that its parent has not asked after yet, and one just going
 
@@ -14,6 +16,11 @@ _ENDED_STATES = "ZX"  # a killed process that its parent has not asked after yet
 def process_name() -> str:
     """Name this process: machine, process number, when it began, and a few random letters; letters, digits, hyphens."""
     return f"{_machine()}-{os.getpid()}-{_began(os.getpid()) or 0}-{_random_letters(os.getpid())}"
+
+
+def is_process_name(name: str) -> bool:
+    """Whether a name has the form of those that `process_name` gives."""
+    return _FORM.fullmatch(name) is not None
 
 
 def has_ended(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,9 @@ _RESULTS = (
     ("index.html", "summary.json"),  # the demo
 )
 _LIST_SUFFIX = ".csv"
+_DICOM_SUFFIX = ".dcm"
+_MAX_NAMED = 5  # more slides than this are counted, not listed
+_MOST_BYTES = 160  # of a name: files named after it, and hidden ones while they are written, have 255
 _COLUMNS = ("path", "slide_id", "mpp")
 
 
@@ -64,9 +69,12 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
             cannot name a file, or two slides have one slide_id.
     """
     sources = [source for path in given for source in _expand(Path(path), mpp)]
+    missing = [source.path for source in sources if not source.path.exists()]
+    if missing:
+        named = ", ".join(map(str, missing[:_MAX_NAMED]))
+        more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        raise SlideListError(f"slide file must exist, found none ({named}{more}).")
     for source in sources:
-        if not source.path.exists():
-            raise SlideListError(f"slide file must exist, found none ({source.path}).")
         _check_slide_id(source)
     by_id: dict[str, SlideSource] = {}
     for source in sources:
@@ -90,15 +98,55 @@ def _expand(path: Path, mpp: float | None) -> list[SlideSource]:
 def _from_folder(folder: Path, mpp: float | None) -> list[SlideSource]:
     suffixes = (*SLIDE_SUFFIXES, *IMAGE_SUFFIXES)
     # A leading dot marks what file systems and copying programs leave beside a slide, under the slide's suffix.
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    ]
-    slides = _without_pictures(found, folder)
+    named = [path for path in _files_below(folder) if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    found = [path for path in named if path.is_file()]
+    if len(found) < len(named):
+        gone = next(path for path in named if not path.is_file())
+        logger.warning("%s: %d links lead nowhere, such as %s", folder, len(named) - len(found), gone)
+    slides = _one_of_each_series(_without_pictures(found, folder))
     if not slides:
         raise SlideListError(f"no slides found in {folder}, suffixes looked for: {', '.join(suffixes)}.")
     return [SlideSource(path.stem, path, mpp) for path in slides]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files, sorted, also of folders that are links; each folder once."""
+    seen: set[Path] = set()
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        if real in seen:
+            folders.clear()  # a link to a folder that was searched already
+            continue
+        seen.add(real)
+        found += [Path(parent, name) for name in names]
+    return sorted(found)
+
+
+def _one_of_each_series(slides: list[Path]) -> list[Path]:
+    """Leave one file of each DICOM series in a folder: its files, levels and label, are one slide."""
+    kept: list[Path] = []
+    series: set[tuple[Path, str]] = set()
+    for path in slides:
+        name = _series_of(path) if path.suffix.lower() == _DICOM_SUFFIX else None
+        if name is None or (path.parent, name) not in series:
+            kept.append(path)
+        if name is not None:
+            series.add((path.parent, name))
+    if len(kept) < len(slides):
+        logger.info("%d DICOM files are parts of slides that other files stand for", len(slides) - len(kept))
+    return kept
+
+
+def _series_of(path: Path) -> str | None:
+    """The series that a DICOM file is of; None where it cannot be read, which its turn will show."""
+    import openslide
+
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return slide.properties.get("dicom.SeriesInstanceUID")
+    except openslide.OpenSlideError:
+        return None
 
 
 def _without_pictures(found: list[Path], folder: Path) -> list[Path]:
@@ -141,7 +189,8 @@ def _shows_a_result(path: Path, folder: Path) -> bool:
 
 
 def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets begin a file with a byte order mark
+    # -sig: spreadsheets begin a file with a byte order mark
+    with _as_text(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if "path" not in columns:
@@ -167,6 +216,16 @@ def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
         )
 
 
+@contextmanager
+def _as_text(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise SlideListError(
+            f"slide list must be CSV text in UTF-8: {error} ({path}). Save it as 'CSV UTF-8'."
+        ) from error
+
+
 def _number(text: str, where: str) -> float:
     try:
         return float(text)
@@ -176,5 +235,16 @@ def _number(text: str, where: str) -> float:
 
 def _check_slide_id(source: SlideSource) -> None:
     slide_id = source.slide_id
-    if slide_id in {"", ".", ".."} or any(sign in slide_id for sign in "/\\\0\n\r"):
+    if slide_id.startswith(".") or not slide_id or any(sign in slide_id for sign in "/\\\0\n\r"):
         raise SlideListError(f"slide_id must be fit for a file name, got {slide_id!r} ({source.path}).")
+    try:
+        n_bytes = len(slide_id.encode())
+    except UnicodeEncodeError:
+        raise SlideListError(
+            f"slide_id must be text, got {slide_id!r} of {str(source.path)!a}. Rename the file to UTF-8."
+        ) from None
+    if n_bytes > _MOST_BYTES:
+        raise SlideListError(
+            f"slide_id must have at most {_MOST_BYTES} bytes in UTF-8, got {n_bytes} ({source.path}). "
+            "Rename the file, or give a CSV of path,slide_id."
+        )

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from acmil.preprocessing.atomic import replacing
 from acmil.preprocessing.formats.stored import (
     StoredFeatures,
     cast,
@@ -32,6 +31,7 @@ from acmil.preprocessing.formats.stored import (
     read_dataset,
     require,
 )
+from acmil.preprocessing.hdf5 import writing_hdf5
 
 NAME = "acmil-reference"
 FILE_PREFIX = "patch_feats_pretrain_"
@@ -99,7 +99,7 @@ def write_reference(path: Path, slides: Iterable[ReferenceSlide]) -> int:
         FormatError: If coordinates are not known, or a feature does not fit into float16.
     """
     count = 0
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_hdf5(path) as file:
         for slide in slides:
             require(path / slide.slide_id, NAME, coords=slide.coords)
             group = file.create_group(slide.slide_id)

@@ -36,6 +36,7 @@ from acmil.preprocessing.formats.stored import (
     require,
     whole,
 )
+from acmil.preprocessing.hdf5 import writing_hdf5
 
 NAME, NAME_PT = "clam", "clam-pt"
 SUFFIX_PT = ".pt"
@@ -156,7 +157,7 @@ def write_clam(
         FormatError: If coordinates are not known.
     """
     require(path, NAME, coords=coords)
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_hdf5(path) as file:
         file.create_dataset("features", data=cast(features, np.float32, path))
         file.create_dataset("coords", data=coords, dtype=np.int32)
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from acmil.preprocessing.atomic import replacing
 from acmil.preprocessing.formats.stored import (
     CoordsUnit,
     FormatError,
@@ -37,6 +36,7 @@ from acmil.preprocessing.formats.stored import (
     text,
     whole,
 )
+from acmil.preprocessing.hdf5 import writing_hdf5
 
 NAME = "stamp"
 
@@ -144,7 +144,7 @@ def write_stamp(
         "code_hash": "",
         "feat_type": "tile",
     }
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_hdf5(path) as file:
         coords_um = np.asarray(coords, np.float64) * level0_mpp  # type: ignore[operator]  # checked above
         file["coords"] = coords_um.astype(np.float32)
         file["feats"] = cast(features, np.float16, path)

@@ -19,7 +19,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from acmil.preprocessing.atomic import replacing
 from acmil.preprocessing.formats.stored import (
     Geometry,
     StoredFeatures,
@@ -31,6 +30,7 @@ from acmil.preprocessing.formats.stored import (
     text,
     whole,
 )
+from acmil.preprocessing.hdf5 import writing_hdf5
 
 NAME = "trident"
 FOLDER_PREFIX = "features_"
@@ -123,7 +123,7 @@ def write_trident(
         "level0_width": geometry.level0_width,
         "level0_height": geometry.level0_height,
     }
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_hdf5(path) as file:
         file.create_dataset("features", data=features)
         file["features"].attrs.update({"name": slide_id, "savetodir": folder, "encoder": encoder or "None"})
         file.create_dataset("coords", data=coords, dtype=np.int64)

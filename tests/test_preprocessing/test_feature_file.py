@@ -284,14 +284,15 @@ def test_missing_datasets_attributes_and_wrong_types_are_refused(path):
 
 
 def test_a_writer_killed_midway_leaves_no_file(path):
-    # The process stops itself while the temporary file is open, just before `complete` would be written.
+    # The process stops itself when the temporary file is written, just before it would get its name.
     code = f"""
 import os, signal
 from pathlib import Path
 import h5py, numpy as np
+import acmil.preprocessing.atomic as atomic
 import acmil.preprocessing.feature_file as feature_file
 meta = feature_file.FeatureMeta("slide_1", "e", "a", "b", 256, 256, 0, 10, 10, 0.5, 0.5)
-feature_file.h5py.File.flush = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+atomic._flush_to_disk = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 feature_file.write_feature_file(Path({str(path)!r}), features=np.ones((4, 3), np.float32),
     coords=np.zeros((4, 2), np.int64), tissue_fraction=np.ones(4, np.float32), meta=meta)
 """

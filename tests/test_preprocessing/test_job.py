@@ -74,6 +74,7 @@ def rows(job: Path) -> dict[str, dict[str, str]]:
         assert reader.fieldnames == [
             *("slide_id", "path", "status", "tiles", "mpp", "seconds", "error", "ink_removed", "alarms"),
             *("tiles_dropped", "focus_median", "pen_mean", "fold_mean", "blood_mean", "dark_mean", "stain_mean"),
+            "file_bytes",
         ]
         return {row["slide_id"]: row for row in reader}
 
@@ -236,12 +237,12 @@ def test_damaged_and_lost_feature_files_are_made_again(slides, configured, tmp_p
     before = {name: (features / f"{name}.h5").read_bytes() for name in "abc"}
     (features / "a.h5").write_bytes(before["a"][:-100])
     (features / "b.h5").unlink()
-    (features / ".c.h5.12345.tmp").write_bytes(b"left by a killed run on another machine")
-    os.utime(features / ".c.h5.12345.tmp", (0, 0))
-    (features / ".c.h5.0123456789ab-7-5-ff.tmp").write_bytes(b"being written on another machine, for all one can tell")
+    (features / ".c.h5.0123456789ab-7-5-00000000.tmp").write_bytes(b"left by a killed run on another machine")
+    os.utime(features / ".c.h5.0123456789ab-7-5-00000000.tmp", (0, 0))
+    (features / ".c.h5.0123456789ab-7-5-ffffffff.tmp").write_bytes(b"being written elsewhere, as far as is known")
     summary = preprocess(configured(slides))
     assert (summary.done, summary.skipped) == (2, 1)
-    (features / ".c.h5.0123456789ab-7-5-ff.tmp").unlink()
+    (features / ".c.h5.0123456789ab-7-5-ffffffff.tmp").unlink()
     assert {path.name for path in features.iterdir()} == {"a.h5", "b.h5", "c.h5"}
     assert {name: (features / f"{name}.h5").read_bytes() for name in "abc"} == before
 
@@ -308,6 +309,50 @@ def test_a_resolution_stated_in_the_list_wins_and_is_done_anew_when_changed(slid
     summary = preprocess(configured(table))
     assert (summary.done, summary.skipped) == (1, 1)
     assert open_feature_file(job / "features/patient_1.h5").meta.tile_level0_px == 2 * TILE_PX
+
+
+def test_another_slide_of_the_same_name_is_done_anew_and_a_moved_one_is_not(slides, configured, tmp_path, caplog):
+    job, moved, other = tmp_path / "job", tmp_path / "moved", tmp_path / "other"
+    preprocess(configured(slides / "a.tiff"))
+    before = (job / "features/a.h5").read_bytes()
+    for folder, name in ((moved, "a.tiff"), (other, "b.tiff")):
+        folder.mkdir()
+        shutil.copy(slides / name, folder / "a.tiff")
+    assert preprocess(configured(moved / "a.tiff")).skipped == 1
+    assert rows(job)["a"]["path"] == str(moved / "a.tiff")
+    assert "is not the slide that was done under this name" not in caplog.text
+    assert preprocess(configured(other / "a.tiff")).done == 1
+    assert "is not the slide that was done under this name" in caplog.text
+    assert (job / "features/a.h5").read_bytes() != before
+    assert open_feature_file(job / "features/a.h5").meta.level0_mpp == 0.25
+    assert preprocess(configured(other / "a.tiff")).skipped == 1
+
+
+def test_right_features_stay_when_a_slide_is_done_again_for_its_pictures_and_fails(slides, configured, tmp_path):
+    job = tmp_path / "job"
+    preprocess(configured(slides / "a.tiff"))
+    before = (job / "features/a.h5").read_bytes()
+    size = (slides / "a.tiff").stat().st_size
+    (slides / "a.tiff").write_bytes(bytes(size))
+    assert preprocess(configured(slides / "a.tiff", save_tiles="tar")).failed == 1
+    assert (job / "features/a.h5").read_bytes() == before
+
+
+def test_what_is_not_the_jobs_own_is_left_alone(slides, configured, tmp_path):
+    job = tmp_path / "job"
+    (job / ".mydata.tmp").mkdir(parents=True)
+    (job / ".notes.tmp").write_text("mine")
+    for path in (job / ".mydata.tmp", job / ".notes.tmp"):
+        os.utime(path, (1e9, 1e9))
+    preprocess(configured(slides / "a.tiff"))
+    assert (job / ".mydata.tmp").is_dir()
+    assert (job / ".notes.tmp").read_text() == "mine"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("options: {cohort: c.csv}\n")
+    with pytest.raises(JobError, match=r"config\.yaml must be as the job wrote it"):
+        preprocess(configured(slides / "a.tiff", out=run))
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
 def test_a_slide_that_fails_midway_leaves_nothing(slides, configured, tmp_path, monkeypatch):
@@ -388,9 +433,11 @@ def test_what_is_wrong_at_the_start_is_raised_before_anything_is_written(slides,
 def test_a_folder_with_other_things_is_refused(slides, configured, tmp_path):
     preprocess(configured(slides / "a.tiff"))
     job = tmp_path / "job"
+    config = (job / "config.yaml").read_text()
     (job / "config.yaml").write_text("tile_px: 64\n")
     with pytest.raises(JobError, match=r"config\.yaml must be as the job wrote it"):
         preprocess(configured(slides / "a.tiff"))
+    (job / "config.yaml").write_text(config)
     (job / "slides.csv").write_text("name,label\n")
     with pytest.raises(ValueError, match=r"slides\.csv must have the columns slide_id,path"):
         preprocess(configured(slides / "a.tiff"))
@@ -426,7 +473,6 @@ def test_the_real_slides_and_the_edge_cases_in_one_job(shared_data, configured, 
     assert statuses == {
         "CMU-1-Small-Region": "done",
         "boxes_0": "empty",
-        "boxes_1": "empty",
         "boxes": "failed",
         "broken": "failed",
         "small": "empty",

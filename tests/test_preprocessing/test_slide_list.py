@@ -1,5 +1,9 @@
 """Lists of slides: files, folders, CSV files, and what is wrong with them."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 from acmil.preprocessing.slide_list import SlideListError, SlideSource, list_slides
@@ -51,6 +55,11 @@ def test_a_csv_names_slides_and_states_resolutions(folder):
 def test_lists_that_cannot_be_used_are_refused(folder):
     with pytest.raises(SlideListError, match=r"must exist, found none \(.*none\.svs\)"):
         list_slides([folder / "a.TIFF", folder / "none.svs"])
+    with pytest.raises(SlideListError, match=r"none\.svs, .*nor\.svs\)"):
+        list_slides([folder / "none.svs", folder / "nor.svs"])
+    (folder / "latin.csv").write_bytes("path\nä.svs\n".encode("latin-1"))
+    with pytest.raises(SlideListError, match=r"CSV text in UTF-8: .*latin\.csv.*Save it as"):
+        list_slides([folder / "latin.csv"])
     with pytest.raises(SlideListError, match="must exist"):
         list_slides([folder / "none.csv"])
     (folder / "empty").mkdir()
@@ -111,3 +120,39 @@ def test_pictures_of_results_are_left_out(tmp_path):
     assert [source.path for source in list_slides([tmp_path])] == [tmp_path / "slides" / "a.png"]
     with pytest.raises(SlideListError, match=r"no slides found in .*job"):
         list_slides([tmp_path / "job"])
+
+
+def test_names_that_no_file_can_have_are_refused(folder):
+    table = folder.parent / "list.csv"
+    for name, said in ((".hidden", "fit for a file name, got '.hidden'"), ("名" * 60, "at most 160 bytes in UTF-8")):
+        table.write_text(f"path,slide_id\nslides/b.svs,{name}\n", encoding="utf-8")
+        with pytest.raises(SlideListError, match=said):
+            list_slides([table])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not text")
+def test_a_file_name_that_is_not_text_is_named(folder):
+    Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller.svs")).touch()
+    with pytest.raises(SlideListError, match=r"M\\udcfcller.svs.*Rename the file to UTF-8"):
+        list_slides([folder])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_linked_folders_are_searched_once_and_dead_links_told_of(folder, caplog):
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "d.svs").touch()
+    (folder / "batch").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    (folder / "gone.svs").symlink_to(folder / "nothing.svs")
+    assert [source.slide_id for source in list_slides([folder])] == ["a", "b", "d", "c", "scan"]
+    assert "1 links lead nowhere" in caplog.text
+
+
+def test_the_files_of_a_dicom_series_are_one_slide(shared_data, tmp_path):
+    series = shared_data / "slides" / "dicom_boxes"
+    if not series.is_dir():
+        pytest.skip("needs the data kit's DICOM series")
+    sources = list_slides([series])
+    assert len(list(series.glob("*.dcm"))) > 1
+    assert len(sources) == 1
