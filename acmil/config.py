@@ -121,7 +121,11 @@ class HeatmapConfig(_Options):
     """Options of `acmil heatmap`."""
 
     run: Path = Field(description="Run folder of `acmil train`.", json_schema_extra=Positional)
-    slides: list[Path] = Field(description="Slide files.", min_length=1, json_schema_extra=Positional)
+    slides: list[Path] = Field(
+        description="Slide files, folders of them, or a CSV with path and slide_id, such as the job's slides.csv.",
+        min_length=1,
+        json_schema_extra=Positional,
+    )
     features: Path = Field(description="Folder of feature files, one a slide.")
     out: Path = Field(description="Folder for PNG, GeoJSON and per-tile CSV of each slide.")
     branch: str = Field(

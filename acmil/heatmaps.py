@@ -24,6 +24,7 @@ from acmil.preprocessing.job_tissue import tissue_of_job
 from acmil.preprocessing.output_folder import make_output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide import Slide, Thumbnail
+from acmil.preprocessing.slide_list import SlideSource, list_slides
 from acmil.preprocessing.tissue import Tissue, area_fraction
 from acmil.preprocessing.tissue_outlines import Polygon, outlines_path, read_outlines
 from acmil.runs import Run, load_run
@@ -122,7 +123,7 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
         HeatmapError: If two slides share a name, there is no such folder of outlines, or, after all others are written,
             if some slides failed.
     """
-    _check_names(config.slides)
+    sources = _sources(config.slides)
     if config.outlines is not None and not config.outlines.is_dir():
         raise HeatmapError(f"outlines must be a folder of GeoJSON files, found none ({config.outlines}).")
     run = load_run(config.run, device=config.device)
@@ -130,17 +131,17 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
     progress = progress or SilentProgress()
     written: list[Path] = []
     failures: list[str] = []
-    progress.begin("attention maps", len(config.slides))
-    for path in config.slides:
+    progress.begin("attention maps", len(sources))
+    for source in sources:
         try:
-            written.append(_write_maps(config, run, path))
+            written.append(_write_maps(config, run, source))
         except Exception as error:
-            logger.debug("no attention map of %s", path, exc_info=True)  # the error at the end says why
-            failures.append(f"{path.name}: {error}")
-        progress.advance(note=path.stem)
+            logger.debug("no attention map of %s", source.path, exc_info=True)  # the error at the end says why
+            failures.append(f"{source.path.name}: {error}")
+        progress.advance(note=source.slide_id)
     progress.end()
     if failures:
-        count = f"{len(failures)} of {len(config.slides)} slides got no attention map"
+        count = f"{len(failures)} of {len(sources)} slides got no attention map"
         rest = f"; the others are in {config.out}" if written else ""
         raise HeatmapError(f"{count}{rest}.\n" + "\n".join(f"  {line}" for line in failures))
     return written
@@ -151,6 +152,7 @@ def read_slide_attention(
     slide_path: Path,
     feature_dir: Path,
     *,
+    slide_id: str | None = None,
     thumbnail_mpp: float | None = None,
     mpp_override: float | None = None,
     force: bool = False,
@@ -159,8 +161,9 @@ def read_slide_attention(
 
     Args:
         run: The trained model.
-        slide_path: The slide; its features are `<name without ending>.h5`.
+        slide_path: The slide.
         feature_dir: Folder of feature files; where it lies in a job folder, the job's tissue is told from glass.
+        slide_id: The slide's features are `<slide_id>.h5`; the file's name without its ending by default.
         thumbnail_mpp: Resolution of the thumbnail in µm/px, made coarser where its longer side would exceed 4,000 px;
             by default such that the longer side has about 1,500 px.
         mpp_override: Level-0 resolution in µm/px; by default the one the features were made with.
@@ -175,10 +178,12 @@ def read_slide_attention(
     """
     if not slide_path.exists():  # said before its features are asked for, which a misspelt name has none of
         raise HeatmapError(f"slide file must exist, found none ({slide_path}).")
-    feature_path = feature_dir / f"{slide_path.stem}{SUFFIX}"
+    name = slide_id or slide_path.stem
+    feature_path = feature_dir / f"{name}{SUFFIX}"
     if not feature_path.is_file():
         raise HeatmapError(
-            f"no features of slide '{slide_path.stem}': {feature_path} does not exist. Preprocess the slide first."
+            f"no features of slide '{name}': {feature_path} does not exist. Preprocess the slide first, or, where the "
+            "slide goes by another name than its file's, give a CSV of path,slide_id, such as the job's slides.csv."
         )
     features = open_feature_file(feature_path)
     _check_located(features, needs_mpp=mpp_override is None)
@@ -187,11 +192,10 @@ def read_slide_attention(
         _check_size(slide, features.meta, feature_path)
         thumbnail = _thumbnail(slide, thumbnail_mpp)
         tissue = tissue_of_job(slide, feature_dir.parent)
-    slide_id = features.meta.slide_id
-    bag = Bag(slide_id, features.features(), features.coords(), label=None, case_id=slide_id)
+    bag = Bag(name, features.features(), features.coords(), label=None, case_id=name)
     predicted = run.predict(bag)
     return SlideAttention(
-        slide_id=slide_path.stem,
+        slide_id=name,
         path=slide_path,
         meta=features.meta,
         classes=run.classes,
@@ -249,13 +253,14 @@ def branch_name(branch: str | int, n_branches: int) -> str:
     return f"attention of branch {branch} of 0 to {n_branches - 1}"
 
 
-def _write_maps(config: "HeatmapConfig", run: Run, path: Path) -> Path:
+def _write_maps(config: "HeatmapConfig", run: Run, source: SlideSource) -> Path:
     from acmil.figures import heatmap_figure
 
     slide = read_slide_attention(
         run,
-        path,
+        source.path,
         config.features,
+        slide_id=source.slide_id,
         thumbnail_mpp=config.thumbnail_mpp,
         mpp_override=config.mpp_override,
         force=config.force,
@@ -324,12 +329,18 @@ def _check_size(slide: Slide, meta: FeatureMeta, feature_path: Path) -> None:
         )
 
 
-def _check_names(slides: list[Path]) -> None:
-    seen: dict[str, Path] = {}
+def _sources(slides: list[Path]) -> list[SlideSource]:
+    """The slides of files, folders and lists; a file that is missing is an error of its own, when its turn comes."""
+    sources: list[SlideSource] = []
     for path in slides:
-        if path.stem in seen:
+        is_list = path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())
+        sources += list_slides([path]) if is_list else [SlideSource(path.stem, path)]
+    seen: dict[str, Path] = {}
+    for source in sources:
+        if source.slide_id in seen:
             raise HeatmapError(
-                f"slides must differ in name, got '{path.stem}' twice ({seen[path.stem]}, {path}). "
+                f"slides must differ in name, got '{source.slide_id}' twice ({seen[source.slide_id]}, {source.path}). "
                 "Files are named after the slide: map them one after the other into two folders."
             )
-        seen[path.stem] = path
+        seen[source.slide_id] = source.path
+    return sources

@@ -9,6 +9,7 @@ attribute `unknown`, as a reader would take any number for real; here it reads a
 and digests). `coords` of which nothing is known are all -1, an unknown `tissue_fraction` is NaN.
 """
 
+import errno
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ SUFFIX = ".h5"
 UNKNOWN_PX = -1  # a number of pixels, or a coordinate, that is not known
 MEASURES = ("focus", "pen", "fold", "blood", "dark", "stain")  # the columns of `quality`, see `quality.py`
 
+# What keeps a file from being read today and says nothing of it: locks, rights, a disk or file server that is away.
+_FOR_NOW = {errno.EAGAIN, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOLCK, errno.ESTALE, errno.EBUSY}
 _BLOCK_VALUES = 1 << 22  # features are checked in blocks of this many numbers: 8 to 16 MB at a time
 # What h5py raises on damaged files, depending on which part of the file is gone.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
@@ -190,6 +193,11 @@ def write_feature_file(
         file.attrs["complete"] = True
 
 
+def is_for_now(error: BaseException | None) -> bool:
+    """Whether an error says nothing of a file: a lock, rights, a disk or a file server that is away."""
+    return isinstance(error, OSError) and error.errno in _FOR_NOW
+
+
 def open_feature_file(path: Path, *, check_values: bool = True) -> FeatureFile:
     """Open a feature file and check that it can be trusted.
 
@@ -213,6 +221,8 @@ def open_feature_file(path: Path, *, check_values: bool = True) -> FeatureFile:
     except FeatureFileError:
         raise
     except HDF5_ERRORS as error:
+        if is_for_now(error):
+            raise FeatureFileError(f"feature file cannot be read now: {error} ({path}).") from error
         raise FeatureFileError(
             "feature file must be whole HDF5, this one is truncated, damaged or another kind of file: "
             f"{error} ({path}). {_MEND}"

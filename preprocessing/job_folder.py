@@ -12,7 +12,7 @@ import cv2
 import yaml
 
 from acmil.preprocessing.atomic import TEMPORARY_SUFFIX, remove, remove_leftovers, write_bytes, write_text
-from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureFileError, open_feature_file
+from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureFileError, is_for_now, open_feature_file
 from acmil.preprocessing.leases import BEAT_SECONDS, Leases
 from acmil.preprocessing.ledger import Ledger
 from acmil.preprocessing.output_folder import make_output_folder
@@ -115,10 +115,16 @@ class JobFolder:
         return None
 
     def features_of(self, source: SlideSource) -> FeatureFile | None:
-        """Return a slide's feature file if it is whole and of these options."""
+        """Return a slide's feature file if it is whole and of these options.
+
+        Raises:
+            FeatureFileError: If it cannot be read now, as it is locked, say: then nothing is known of it.
+        """
         try:
             file = open_feature_file(self.features(source.slide_id), check_values=False)  # they were when written
-        except FeatureFileError:
+        except FeatureFileError as error:
+            if is_for_now(error.__cause__):
+                raise
             return None
         is_same = file.meta.preprocessing_digest == self._digest_now(source.slide_id)
         is_same = is_same and file.meta.slide_id == source.slide_id

@@ -182,7 +182,7 @@ class JobRun:
                 folder.clear_leftovers(slide_id)
             is_renewed = slide_id in self._renewed
             self._renewed.discard(slide_id)
-            folder.clear(slide_id, keep_features=not is_renewed and folder.features_of(source) is not None)
+            folder.clear(slide_id, keep_features=not is_renewed and self._has_features(source))
             yield source
 
     def _finished(self, source: SlideSource) -> Row | None:
@@ -199,12 +199,23 @@ class JobRun:
                 row.path,
             )
             return None
-        if (file := self._folder.finished(source)) is None:
+        try:
+            file = self._folder.finished(source)
+        except FeatureFileError as error:  # kept, and the slide is not done again over it
+            return self._failed(SlideFailure(source, error))
+        if file is None:
             return row if self._folder.was_empty(source) else None
         path = str(source.path.absolute())
         if row is None or row.status != "done":
             row = self._row_of(file)
         return replace(row, path=path, tiles=file.n_tiles, mpp=file.meta.level0_mpp)
+
+    def _has_features(self, source: SlideSource) -> bool:
+        """Whether a slide's features are right as they are, or may be: then they stay until others take their place."""
+        try:
+            return self._folder.features_of(source) is not None
+        except FeatureFileError:
+            return True
 
     def _row_of(self, file: FeatureFile) -> Row:
         """What is left of the row of a slide whose process died between writing its feature file and its row."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,22 @@ def test_writes_picture_geojson_and_table(config, slides, feature_cohort):
         top = table.loc[table["rank"] == 1].iloc[0]
         corner = collection["features"][0]["geometry"]["coordinates"][0][0]
         assert corner == [top["x"], top["y"]]
+
+
+def test_a_list_names_slides_whose_files_are_called_otherwise(config, slides, tmp_path):
+    """Slides of one file name in two folders, as `acmil preprocess` takes them from a list."""
+    lines = ["path,slide_id,status"]
+    for slide_id in ("s014", "s015"):
+        (tmp_path / slide_id).mkdir()
+        shutil.copy(slides[slide_id], tmp_path / slide_id / "slide.tif")
+        lines.append(f"{slide_id}/slide.tif,{slide_id},done")
+    (tmp_path / "slides.csv").write_text("\n".join(lines) + "\n")
+    written = heatmaps(config([tmp_path / "slides.csv"]))
+    assert [path.name for path in written] == ["s014.png", "s015.png"]
+    expected = heatmaps(config([slides["s014"]], out=tmp_path / "by_file"))
+    assert written[0].with_suffix(".csv").read_bytes() == expected[0].with_suffix(".csv").read_bytes()
+    with pytest.raises(HeatmapError, match=r"no features of slide 'slide'.*give a CSV of path,slide_id"):
+        heatmaps(config([tmp_path / "s014" / "slide.tif"]))
 
 
 def test_the_tiles_that_decide_are_the_attended_ones(config, slides, feature_cohort):

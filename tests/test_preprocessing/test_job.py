@@ -1,6 +1,7 @@
 """The whole job on small slides: what is written, what fails and stays alone, what is not done twice."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from acmil.preprocessing.batch_encoder import BatchEncoder
 from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.encoders import Encoder, EncoderError, create_encoder
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
-from acmil.preprocessing.feature_file import open_feature_file
+from acmil.preprocessing.feature_file import FeatureFileError, open_feature_file
 from acmil.preprocessing.job import preprocess
 from acmil.preprocessing.job_folder import JobError
 from acmil.preprocessing.quality import tile_quality
@@ -336,6 +337,27 @@ def test_right_features_stay_when_a_slide_is_done_again_for_its_pictures_and_fai
     (slides / "a.tiff").write_bytes(bytes(size))
     assert preprocess(configured(slides / "a.tiff", save_tiles="tar")).failed == 1
     assert (job / "features/a.h5").read_bytes() == before
+
+
+def test_features_that_cannot_be_read_today_are_kept(slides, configured, tmp_path, monkeypatch):
+    """Locked by another program, say: the slide is a failed row, and its file is as it was."""
+    job = tmp_path / "job"
+    preprocess(configured(slides))
+    before = (job / "features/b.h5").read_bytes()
+
+    def locked(path, **options):
+        if path.name != "b.h5":
+            return open_feature_file(path, **options)
+        raise FeatureFileError(f"cannot open {path}") from BlockingIOError(errno.EAGAIN, "unable to lock file")
+
+    monkeypatch.setattr("acmil.preprocessing.job_folder.open_feature_file", locked)
+    summary = preprocess(configured(slides))
+    assert (summary.done, summary.failed, summary.skipped) == (0, 1, 2)
+    assert rows(job)["b"]["status"] == "failed"
+    assert (job / "features/b.h5").read_bytes() == before
+    monkeypatch.undo()
+    assert preprocess(configured(slides)).skipped == 3
+    assert rows(job)["b"]["status"] == "done"
 
 
 def test_what_is_not_the_jobs_own_is_left_alone(slides, configured, tmp_path):
