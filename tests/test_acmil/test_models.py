@@ -59,7 +59,7 @@ def test_attention_sums_to_one_and_the_bag_is_the_mean_of_the_branches(name, n):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5))
 def test_a_packed_batch_gives_what_its_bags_give_one_by_one(name, lengths):
     model = build(name).eval()

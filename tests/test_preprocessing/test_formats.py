@@ -157,7 +157,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("formats")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(content=features_and_coords, geometry=geometries, encoder=st.sampled_from(["", "uni_v1"]))
 def test_trident_round_trip(folder, content, geometry, encoder):
     features, coords = content
@@ -170,7 +170,7 @@ def test_trident_round_trip(folder, content, geometry, encoder):
     assert slide.geometry.completed(Geometry(level0_mpp=geometry.level0_mpp), where="") == geometry
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(content=features_and_coords, geometry=geometries)
 def test_stamp_round_trip(folder, content, geometry):
     features, coords = content
@@ -184,7 +184,7 @@ def test_stamp_round_trip(folder, content, geometry):
     assert slide.encoder == "uni"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(content=features_and_coords)
 def test_clam_and_reference_round_trips(folder, content):
     features, coords = content
