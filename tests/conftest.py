@@ -1,14 +1,17 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
-# On a busy machine a case may take ten times as long; what must be fast says so in tests of its own.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+if importlib.util.find_spec("hypothesis") is not None:  # the kernels' tests do without it
+    from hypothesis import settings
+
+    # On a busy machine a case may take ten times as long; what must be fast says so in tests of its own.
+    settings.register_profile("any machine", deadline=None)
+    settings.load_profile("any machine")
 
 # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost twentyfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
