@@ -124,8 +124,8 @@ class BagDataset(Sequence[Bag]):
     def origin(self) -> dict[str, Any]:
         """What the features are, by what their files say, wherever these lie.
 
-        Encoder and tiles, each as far as any file knows it (empty, or None), and a `digest` over all slides: their
-        number of tiles, feature size, encoder, and the preprocessing that made them.
+        Encoder and tiles, each as far as any file knows it (else empty, -1 or None), and a `digest` over all slides:
+        their number of tiles, feature size, encoder, and the preprocessing that made them.
         """
 
         def known(values: Iterable[Any]) -> Any:

@@ -189,7 +189,6 @@ def write_feature_file(
             file.create_dataset("quality", data=quality.astype(np.float32, copy=False))
             file["quality"].attrs["measures"] = MEASURES
         _write_attributes(file, meta)
-        file.flush()
         file.attrs["complete"] = True
 
 

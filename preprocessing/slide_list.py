@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from acmil.preprocessing.ledger import COLUMNS as JOB_COLUMNS
+
 logger = logging.getLogger(__name__)
 
 # The formats that OpenSlide reads, https://openslide.org/formats
@@ -198,7 +200,7 @@ def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
                 f"slide list must have a column 'path', got {', '.join(columns) or 'nothing'} ({path})."
             )
         ignored = [column for column in columns if column not in _COLUMNS]
-        if ignored:
+        if ignored and tuple(columns) != JOB_COLUMNS:
             logger.warning("slide list %s: columns %s are not used", path, ", ".join(ignored))
         rows = [(reader.line_num, row) for row in reader]
     if not rows:

@@ -135,7 +135,7 @@ class Tiles(NamedTuple):
 def choose_tiles(
     n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, several: bool = False
 ) -> Tiles:
-    """Block sizes for a size of bag, or (`several`) for so many rows of the bags of several models.
+    """Block sizes for a size of bag, or (`several`) for so many rows of several bags.
 
     They change no bits: each sum runs over its terms in the same order in every tile.
     """

@@ -74,7 +74,7 @@ def sum_large_of_bags(
     """Sum of the partial gradients of the matrices over the shares of a model's bags, one bag after the other."""
     splits = active_splits(used, n_short, n_long, long_rows, LEAST)
     total = sum_large_partials(large_ptr, columns, n_large, splits, BP)
-    for bag in tl.static_range(1, BAGS):  # unrolled: all loads are in flight at once
+    for bag in tl.static_range(1, BAGS):  # unrolled, so that no load waits for a sum
         splits = active_splits(tl.load(used_ptr + bag), n_short, n_long, long_rows, LEAST)
         of_bag_ptr = large_ptr + tl.cast(n_splits, tl.int64) * (bag * n_large)
         total += sum_large_partials(of_bag_ptr, columns, n_large, splits, BP)

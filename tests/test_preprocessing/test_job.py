@@ -360,6 +360,14 @@ def test_features_that_cannot_be_read_today_are_kept(slides, configured, tmp_pat
     assert rows(job)["b"]["status"] == "done"
 
 
+def test_the_table_of_a_job_is_a_list_of_slides(slides, configured, tmp_path, caplog):
+    preprocess(configured(slides))
+    caplog.clear()
+    summary = preprocess(configured(tmp_path / "job" / "slides.csv"))
+    assert summary.skipped == 3
+    assert "are not used" not in caplog.text
+
+
 def test_what_is_not_the_jobs_own_is_left_alone(slides, configured, tmp_path):
     job = tmp_path / "job"
     (job / ".mydata.tmp").mkdir(parents=True)

@@ -130,14 +130,14 @@ def test_names_that_no_file_can_have_are_refused(folder):
             list_slides([table])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not text")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose file names are bytes")
 def test_a_file_name_that_is_not_text_is_named(folder):
     Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller.svs")).touch()
     with pytest.raises(SlideListError, match=r"M\\udcfcller.svs.*Rename the file to UTF-8"):
         list_slides([folder])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs Linux or macOS: on Windows a link takes rights")
 def test_linked_folders_are_searched_once_and_dead_links_told_of(folder, caplog):
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
@@ -152,7 +152,7 @@ def test_linked_folders_are_searched_once_and_dead_links_told_of(folder, caplog)
 def test_the_files_of_a_dicom_series_are_one_slide(shared_data, tmp_path):
     series = shared_data / "slides" / "dicom_boxes"
     if not series.is_dir():
-        pytest.skip("needs the data kit's DICOM series")
+        pytest.skip("needs slides/dicom_boxes of the data kit, which this copy of ../shared/data lacks")
     sources = list_slides([series])
     assert len(list(series.glob("*.dcm"))) > 1
     assert len(sources) == 1
