@@ -21,7 +21,7 @@ from acmil.bags import Bag
 from acmil.overlay import ColourScale, percentile_scale, relative_scale
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
 from acmil.preprocessing.job_tissue import tissue_of_job
-from acmil.preprocessing.output_folder import make_output_folder
+from acmil.preprocessing.output_folder import output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.preprocessing.slide import Slide, Thumbnail
 from acmil.preprocessing.slide_list import SlideSource, list_slides
@@ -127,18 +127,18 @@ def heatmaps(config: "HeatmapConfig", *, progress: Progress | None = None) -> li
     if config.outlines is not None and not config.outlines.is_dir():
         raise HeatmapError(f"outlines must be a folder of GeoJSON files, found none ({config.outlines}).")
     run = load_run(config.run, device=config.device)
-    make_output_folder(config.out)
     progress = progress or SilentProgress()
     written: list[Path] = []
     failures: list[str] = []
-    progress.begin("attention maps", len(sources))
-    for source in sources:
-        try:
-            written.append(_write_maps(config, run, source))
-        except Exception as error:
-            logger.debug("no attention map of %s", source.path, exc_info=True)  # the error at the end says why
-            failures.append(f"{source.path.name}: {error}")
-        progress.advance(note=source.slide_id)
+    with output_folder(config.out):
+        progress.begin("attention maps", len(sources))
+        for source in sources:
+            try:
+                written.append(_write_maps(config, run, source))
+            except Exception as error:
+                logger.debug("no attention map of %s", source.path, exc_info=True)  # the error at the end says why
+                failures.append(f"{source.path.name}: {error}")
+            progress.advance(note=source.slide_id)
     progress.end()
     if failures:
         count = f"{len(failures)} of {len(sources)} slides got no attention map"

@@ -13,7 +13,7 @@ import torch
 from acmil.attention_maps import relative_attention
 from acmil.bags import BagDataset
 from acmil.cohort import Cohort, read_cohort
-from acmil.preprocessing.output_folder import make_output_folder
+from acmil.preprocessing.output_folder import output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
 from acmil.runs import Run, load_run
 
@@ -145,23 +145,24 @@ def umap(config: "UmapConfig", *, progress: Progress | None = None) -> Path:
 
     run = load_run(config.run, device=config.device)
     cohort = run.select(read_cohort(config.cohort, require_labels=False), config.split)
-    make_output_folder(config.out)
-    table, features = sample_cohort(config, run, cohort, progress=progress or SilentProgress())
-    embedding = project(features, n_neighbors=config.n_neighbors, min_dist=config.min_dist, seed=config.seed)
-    table.insert(3, "umap_1", embedding[:, 0])
-    table.insert(4, "umap_2", embedding[:, 1])
-    table.to_csv(config.out / "umap.csv", index=False)
-    labelled = table["label"].notna().any()
-    figure = umap_figure(
-        embedding,
-        relative_attention=table["relative_attention"].to_numpy(),
-        slides=table["slide_id"].tolist(),
-        labels=table["label"].fillna("no label").tolist() if labelled else None,
-        branches=table["branch"].to_numpy() if table["branch"].nunique() > 1 else None,
-        title=f"UMAP of the {_SPACES[config.space]} tile features, {config.split} slides",
-        note=f"Of each slide's sample {TOP_SHARE:.0%} are its most attended tiles, the others were drawn at random.",
-    )
-    figure.savefig(config.out / "umap.png", dpi=130)
+    with output_folder(config.out):
+        table, features = sample_cohort(config, run, cohort, progress=progress or SilentProgress())
+        embedding = project(features, n_neighbors=config.n_neighbors, min_dist=config.min_dist, seed=config.seed)
+        table.insert(3, "umap_1", embedding[:, 0])
+        table.insert(4, "umap_2", embedding[:, 1])
+        table.to_csv(config.out / "umap.csv", index=False)
+        labelled = table["label"].notna().any()
+        figure = umap_figure(
+            embedding,
+            relative_attention=table["relative_attention"].to_numpy(),
+            slides=table["slide_id"].tolist(),
+            labels=table["label"].fillna("no label").tolist() if labelled else None,
+            branches=table["branch"].to_numpy() if table["branch"].nunique() > 1 else None,
+            title=f"UMAP of the {_SPACES[config.space]} tile features, {config.split} slides",
+            note=f"Of each slide's sample {TOP_SHARE:.0%} are its most attended tiles, the others were drawn at "
+            "random.",
+        )
+        figure.savefig(config.out / "umap.png", dpi=130)
     return config.out / "umap.png"
 
 

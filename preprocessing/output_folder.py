@@ -1,5 +1,7 @@
 """The folder that a command writes to: made, or refused in one sentence that every command shares."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,3 +35,15 @@ def make_output_folder(path: Path) -> Path:
             "Choose another --out."
         ) from error
     return path
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Make a folder to write to, as `make_output_folder` does; a new one that stays empty is removed at the end."""
+    is_new = not path.is_dir()
+    make_output_folder(path)
+    try:
+        yield path
+    finally:
+        if is_new and not any(path.iterdir()):
+            path.rmdir()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from acmil.preprocessing.output_folder import OutputError, make_output_folder
+from acmil.preprocessing.output_folder import OutputError, make_output_folder, output_folder
 
 
 def test_a_folder_is_made_with_those_above_it_and_kept(tmp_path):
@@ -29,3 +29,16 @@ def test_a_file_in_the_way_is_named_with_the_mend(tmp_path, inside):
 def test_what_the_system_refuses_is_said_with_the_mend(tmp_path):
     with pytest.raises(OutputError, match=r"could not be made: File name too long \(.*\)\. Choose another --out\."):
         make_output_folder(tmp_path / ("x" * 300))
+
+
+def test_a_new_folder_that_stays_empty_is_removed_and_another_is_not(tmp_path):
+    with pytest.raises(KeyError), output_folder(tmp_path / "new" / "out"):
+        raise KeyError
+    assert not (tmp_path / "new" / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with output_folder(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+    with output_folder(tmp_path / "out"):
+        (tmp_path / "out" / "a.txt").touch()
+    assert (tmp_path / "out" / "a.txt").is_file()
