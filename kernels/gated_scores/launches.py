@@ -25,9 +25,8 @@ from acmil.kernels.launch import (
 
 _GATE_REST_BYTES = 10_240  # of shared memory, beside what the gate has under way
 _STAGES_REST_BYTES = 1_024  # the same for the gradients of the weights
-_TYPICAL_ROWS = 10_000  # of a bag
-_ROWS_OF_A_PARTIAL = 900  # whose product takes as long as writing and reading a tile's partial sum, by bytes and FLOPs
-LEAST_SPLIT_ROWS = 256  # a share of the rows below this is not worth its partial sum
+_TYPICAL_ROWS = (10_000, 30_000)  # of a bag that is not long, and of one that is
+_ROWS_OF_A_PARTIAL = 4_000  # whose product takes as long as writing and adding one more partial sum, as measured
 
 
 class Weights(NamedTuple):
@@ -83,13 +82,14 @@ ONE_MODEL = Parts()
 class Shares(NamedTuple):
     """Into how many shares the rows of a bag are cut for the gradients of the weights."""
 
-    short: int  # or fewer, of `LEAST_SPLIT_ROWS` each
+    short: int  # or fewer, of `least_rows` each
     long: int
     long_rows: int  # from so many on
+    least_rows: int  # a share below this is not worth its partial sum
 
     def of(self, n_rows: int) -> int:
         """Shares of a bag."""
-        return self.long if n_rows >= self.long_rows else min(self.short, ceil_div(n_rows, LEAST_SPLIT_ROWS))
+        return self.long if n_rows >= self.long_rows else min(self.short, ceil_div(n_rows, self.least_rows))
 
     def most(self, n_rows: int) -> int:
         """Most shares of a bag of up to so many rows."""
@@ -132,10 +132,8 @@ class Tiles(NamedTuple):
     weight_gradient: Tile
 
 
-def choose_tiles(
-    n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device, *, several: bool = False
-) -> Tiles:
-    """Block sizes for a size of bag, or (`several`) for so many rows of several bags.
+def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Block sizes for a size of bag, or for so many rows of several bags.
 
     They change no bits: each sum runs over its terms in the same order in every tile.
     """
@@ -154,7 +152,7 @@ def choose_tiles(
         gate=_gate_tile(n_rows, whole_gate, processors),
         gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3 if n_rows > 64 * processors else 2, 2),
         reduction_backward=_reduction_backward_tile(n_rows, n_hidden, processors),
-        weight_gradient=Tile(128, 256, 64, 8, 4 if several else 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
+        weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
     )
 
 
@@ -370,24 +368,23 @@ def choose_shares(
     """Shares of the rows, so that all processors work on a model's bags: by sizes alone, whatever else is launched.
 
     For one bag as many as there are processors for. With several, more shares fill the last wave of programs better,
-    but each leaves partial sums to write and read.
+    but each leaves partial sums to write and read, and those of short bags are as large as others.
     """
     processors = n_processors(device)
 
-    def fill(tile: Tile) -> int:
+    def fill(n_rows: int) -> int:
+        tile = choose_tiles(n_rows * bags_a_model, n_hidden, n_gate, dtype, device).weight_gradient
         tiles = count_gradient_tiles(n_features, n_hidden, n_gate, tile, heads=heads)
         at_once = tile.programs * processors
 
         def rows_in_turn(shares: int) -> float:
             waves = ceil_div(tiles * bags_a_model * shares, at_once)
-            return waves * (_TYPICAL_ROWS / shares + _ROWS_OF_A_PARTIAL)
+            return waves * (n_rows / shares + _ROWS_OF_A_PARTIAL)
 
         return min(range(1, max(1, at_once // tiles) + 1), key=rows_in_turn)
 
-    short, long = (
-        choose_tiles(n_rows, n_hidden, n_gate, dtype, device).weight_gradient for n_rows in (1, _long_bag(device))
-    )
-    return Shares(fill(short), fill(long), _long_bag(device))
+    short, long = (fill(n_rows) for n_rows in _TYPICAL_ROWS)
+    return Shares(short, long, _long_bag(device), 256 if bags_a_model == 1 else 512 * bags_a_model)
 
 
 def launch_weight_gradient(
@@ -421,8 +418,8 @@ def launch_weight_gradient(
         TensorDescriptor.from_tensor(d_reduced, left), TensorDescriptor.from_tensor(features, right),
         TensorDescriptor.from_tensor(d_gate, left), TensorDescriptor.from_tensor(hidden, right), d_projected,
         d_reduced, features, d_gate, hidden, large, rows.x_first, rows.offsets, rows.n_rows, 1, rows.stride,
-        rows.model_rows, n_splits, *shares,
+        rows.model_rows, n_splits, *shares[:3],
         D=n_features, L=n_hidden, A=n_gate, Q=n_heads, G=n_columns, BM=tile.rows, BC=tile.columns, BN=tile.depth,
-        BQ=lines, LEAST=LEAST_SPLIT_ROWS, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
+        BQ=lines, LEAST=shares.least_rows, WINDOW=rows.x_first is not None, PACKED=rows.offsets is not None,
         **_options(hidden, tile),
     )  # fmt: skip

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from acmil.kernels.gated_scores.launches import (
-    LEAST_SPLIT_ROWS,
     Parts,
     PoolGradients,
     Rows,
@@ -227,7 +226,7 @@ class TrainingStep:
         rows = Rows(n_rows, self.cursor[0, 2:4], self.cursor[0, 1:2], m, CURSOR, self.model_rows, self.batch_size)
         device = self.features.device
         if tiles is None:
-            tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device, several=m > 1)
+            tiles = choose_tiles(m * n_rows, s.hidden, s.gate, self.features.dtype, device)
         row_programs = gate_backward_programs(n_rows, tiles.gate_backward, device)
         if row_programs > self.small.shape[1]:
             raise ValueError(f"tiles.gate_backward must have at most 2 programs, got {tiles.gate_backward.programs}.")
@@ -322,9 +321,9 @@ class TrainingStep:
             self.large, self.small, self.d_logits, self.master, *self.moments, self.work, self.update, self.used,
             self.cursor, self.bags, programs, self.positions, self.parts.parameters, n_reduction, s.n_large, s.n_small,
             s.n_logits, self.n_models * n_reduction, self.parts.weight_rows * s.hidden,
-            s.hidden * (s.features + 2 * s.gate), idle, n_splits, *self.shares, row_programs, row_block,
+            s.hidden * (s.features + 2 * s.gate), idle, n_splits, *self.shares[:3], row_programs, row_block,
             1.0 - self.betas[0], 1.0 - self.betas[1], self.epsilon,
             BAGS=self.batch_size, BC=block, BS=_SMALL_BLOCK, BB=power_of_2_at_least(s.n_logits),
-            BP=power_of_2_at_least(n_splits, least=1), BLOCKS=_ROW_PARTIALS, LEAST=LEAST_SPLIT_ROWS, num_warps=4,
+            BP=power_of_2_at_least(n_splits, least=1), BLOCKS=_ROW_PARTIALS, LEAST=self.shares.least_rows, num_warps=4,
             **chained(self.features.device),
         )  # fmt: skip

@@ -129,10 +129,27 @@ def test_several_bags_a_step_in_several_shares_each(device, relative_error, monk
     from acmil.kernels.gated_scores.launches import Shares
     from acmil.kernels.training_step import fused
 
-    monkeypatch.setattr(fused, "choose_shares", lambda *_, **__: Shares(2, 3, 550))
+    monkeypatch.setattr(fused, "choose_shares", lambda *_, **__: Shares(2, 3, 550, 256))
     step, bags = make_step(Sizes(32, 32, 16, 2, 2), [300, 100, 600], device, batch_size=3)
     assert [step.shares.of(n) for n in (300, 100, 600)] == [2, 1, 3]
     check_steps(step, bags, [[0, 1, 2], [2, 0]], relative_error, 2e-5, [6, 6, 6])
+
+
+@pytest.mark.parametrize(
+    ("n_features", "n_hidden", "n_bags", "shares"),
+    [(1024, 512, 1, (3, 6)), (1024, 512, 2, (3, 3)), (1024, 512, 4, (1, 3)), (1024, 512, 16, (1, 1)),
+     (384, 128, 1, (22, 26)), (384, 128, 4, (6, 6)), (384, 128, 16, (1, 3))],
+)  # fmt: skip
+def test_shares_fill_132_processors_once_and_no_more_than_pays(monkeypatch, n_features, n_hidden, n_bags, shares):
+    """Those that whole steps were fastest with on an H100, or within 3 % of them (docs/experiments.md)."""
+    from acmil.kernels.gated_scores import launches
+
+    monkeypatch.setattr(launches, "n_processors", lambda _: 132)
+    chosen = launches.choose_shares(
+        n_features, n_hidden, 128, torch.bfloat16, torch.device("cpu"), heads=True, bags_a_model=n_bags
+    )
+    assert chosen[:2] == shares
+    assert chosen.of(1_000) == {1: min(4, shares[0]), 2: 1}.get(n_bags, 1)
 
 
 def test_several_bags_a_step_of_one_branch(device, relative_error):
