@@ -21,8 +21,8 @@ def block_ends(
     """Blocks of rows that are used, of each model and those before it, (MOST_MODELS,); of a single one, a number."""
     if SEVERAL:
         model = tl.arange(0, MOST_MODELS)
-        used = tl.load(offsets_ptr + model * stride + n_bags, mask=model < n_models, other=0).to(tl.int32)
-        return tl.cumsum(tl.cdiv(used, BLOCK), axis=0)
+        used = tl.load(offsets_ptr + model * stride + n_bags, mask=model < n_models, other=0, cache_modifier=".cg")
+        return tl.cumsum(tl.cdiv(used.to(tl.int32), BLOCK), axis=0)
     else:
         return tl.cdiv(used_rows(offsets_ptr, n_rows, n_bags, PACKED), BLOCK)
 

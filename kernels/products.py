@@ -10,7 +10,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def wait_for_previous(CHAINED: tl.constexpr):
     """Wait until the launch before this one has ended; where CHAINED its programs were put in place while it ran.
 
-    Nothing is read before, not even what launches further back wrote: a step that did so gave NaN at some sizes.
+    Before it a program may read what launches further back have written, as the launch before this one let it begin
+    once it had waited itself; past the L1 (`cache_modifier=".cg"`), which may hold what was there before them.
     """
     if CHAINED:
         gdc_wait()

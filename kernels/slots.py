@@ -15,7 +15,7 @@ def used_rows(offsets_ptr, n_rows, n_bags, PACKED: tl.constexpr):
     """How many rows belong to bags: on a buffer larger than the batch, the rows behind the last bag are left alone."""
     used = tl.zeros((), tl.int32) + n_rows
     if PACKED:
-        used = tl.load(offsets_ptr + n_bags).to(tl.int32)
+        used = tl.load(offsets_ptr + n_bags, cache_modifier=".cg").to(tl.int32)
     return used
 
 
@@ -37,12 +37,13 @@ def find_slot(slot, size, offsets_ptr, n_rows, n_bags, PACKED: tl.constexpr, SEA
         high = tl.zeros((), tl.int32) + n_bags - 1
         for _ in tl.static_range(SEARCH):  # the last bag whose first slot is not behind this one
             middle = (low + high + 1) // 2
-            not_behind = tl.load(offsets_ptr + middle).to(tl.int32) // size + middle <= slot
+            of_middle = tl.load(offsets_ptr + middle, cache_modifier=".cg").to(tl.int32)
+            not_behind = of_middle // size + middle <= slot
             low = tl.where(not_behind, middle, low)
             high = tl.where(not_behind, high, middle - 1)
         bag = low
-        start = tl.load(offsets_ptr + bag).to(tl.int32)
-        bag_end = tl.load(offsets_ptr + bag + 1).to(tl.int32)
+        start = tl.load(offsets_ptr + bag, cache_modifier=".cg").to(tl.int32)
+        bag_end = tl.load(offsets_ptr + bag + 1, cache_modifier=".cg").to(tl.int32)
         first = start + (slot - start // size - bag) * size
     return bag, first, tl.minimum(first + size, bag_end)
 

@@ -61,7 +61,6 @@ def gate_backward_kernel(
     lines and rows along the columns: what the threads hold of a product is then what the sums' products take, without
     an exchange. `arguments` is a descriptor.
     """
-    wait_for_previous(CHAINED)
     dtype = d_gate_ptr.dtype.element_ty
     model = tl.program_id(0) // n_programs
     program = tl.program_id(0) % n_programs
@@ -86,8 +85,12 @@ def gate_backward_kernel(
     branch_fits = branch < K
     gate_fits = gate < A
     w_fits = branch_fits[None, :] & gate_fits[:, None]
-    w = tl.load(w_ptr + branch[None, :] * A + gate[:, None], mask=w_fits, other=0.0).to(dtype)
+    w_at = branch[None, :] * A + gate[:, None]
+    if not POOL:  # an operator's w may be of the launch before
+        wait_for_previous(CHAINED)
+    w = tl.load(w_ptr + w_at, mask=w_fits, other=0.0, cache_modifier=".cg").to(dtype)
     if POOL:
+        wait_for_previous(CHAINED)
         d_attended = load_head_gradients(d_logits_ptr, K, C, BK, BQ)
         maximum = tl.load(maxima_ptr + branch, mask=branch_fits, other=0.0)
         inverse = tl.load(inverses_ptr + branch, mask=branch_fits, other=0.0)
@@ -162,13 +165,13 @@ def reduction_backward_kernel(
     programs of several tiles, the loops over tiles and over the gate's columns are one: a tile's first loads run beside
     the end of the one before it.
     """
-    wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL
     n_words: tl.constexpr = (L + 63) // 64 * 4
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
     row = tl.arange(0, BN)
     n_blocks = count_blocks(ends, SEVERAL)
+    wait_for_previous(CHAINED)
     for tile in tl.range(tl.program_id(0), n_blocks * n_columns, tl.num_programs(0), flatten=FLAT):
         model, block = find_model(n_blocks - 1 - tile // n_columns, ends, SEVERAL)
         if SEVERAL:
@@ -246,7 +249,6 @@ def weight_gradient_kernel(
     Where gradients of Q projections follow those of the gate, (N, G = 2A + BQ), those of the heads follow too, (Q, L).
     There are programs for `n_splits` shares of every model's rows.
     """
-    wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BC - 1) // BC
     n_reduction_tiles: tl.constexpr = ((L + BM - 1) // BM) * ((D + BC - 1) // BC)
     n_gate_tiles: tl.constexpr = ((2 * A + BM - 1) // BM) * n_columns
@@ -258,7 +260,11 @@ def weight_gradient_kernel(
     if PACKED:
         offsets_ptr += model * stride
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
+    x_first = tl.zeros((), tl.int32)
+    if WINDOW:
+        x_first = tl.load(x_first_ptr + model * stride, cache_modifier=".cg").to(tl.int32)
     splits = active_splits(used, n_short, n_long, long_rows, LEAST)
+    wait_for_previous(CHAINED)
     if split < splits:
         share = tl.cdiv(tl.cdiv(used, splits), BN) * BN
         first = split * share
@@ -266,9 +272,6 @@ def weight_gradient_kernel(
         out_ptr = large_ptr + (model * n_splits + split).to(tl.int64) * size
         row_first = model * model_rows
         if tile < n_reduction_tiles:
-            x_first = tl.zeros((), tl.int32)
-            if WINDOW:
-                x_first = tl.load(x_first_ptr + model * stride).to(tl.int32)
             acc, row, column = rows_product(
                 d_reduced, x, d_reduced_ptr, x_ptr, row_first, x_first, tile, first, end,
                 L, D, L, D, BM, BC, BN, PRECISION,

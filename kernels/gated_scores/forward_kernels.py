@@ -70,9 +70,9 @@ def gate_kernel(
     V, U and heads of several models begin `weight_rows` rows apart, biases and w `parameters` numbers; what lies behind
     V or U is multiplied too, and left out. `bags_a_model` bags in a row are of one model.
     """
-    wait_for_previous(CHAINED)
     used = used_rows(offsets_ptr, n_rows, n_bags, PACKED)
     ends = block_ends(offsets_ptr, n_rows, n_bags, n_models, stride, SEVERAL, BN, PACKED)
+    wait_for_previous(CHAINED)
     row = tl.arange(0, BN)
     gate = tl.arange(0, BA)
     branch = tl.arange(0, BK)

@@ -117,7 +117,8 @@ def mask_kernel(
     Every `n_lines` rows belong to one model: its offsets and step are `stride` numbers behind those of the one before.
     `bags_a_model` bags in a row may be of one model: they share its seed, and draw as packed bags do.
     """
-    wait_for_previous(CHAINED)
+    if not MAXIMA:  # the offsets may be of the launch before
+        wait_for_previous(CHAINED)
     line = tl.program_id(0)
     slot = tl.program_id(1)
     model = line // n_lines
@@ -127,17 +128,21 @@ def mask_kernel(
     size = slot_size(used, n_slots, BN)
     bag, first, end = find_slot(slot, size, offsets_ptr, n_rows, n_bags, PACKED, SEARCH)
     place = tl.arange(0, BP)
+    length = tl.zeros((), tl.int32) + n_rows
+    if PACKED:
+        start = tl.load(offsets_ptr + bag, cache_modifier=".cg")
+        length = (tl.load(offsets_ptr + bag + 1, cache_modifier=".cg") - start).to(tl.int32)
+    n_drop = tl.load(n_drop_ptr + tl.minimum(top_k, length), cache_modifier=".cg")
+    n_drop = tl.minimum(n_drop, length - 1)
+    seed = tl.load(seed_ptr + model // bags_a_model, cache_modifier=".cg")
+    step = tl.load(step_ptr + model * stride, cache_modifier=".cg")
+    if MAXIMA:
+        wait_for_previous(CHAINED)
     if first < end:
         line_ptr = scores_ptr + line.to(tl.int64) * score_stride
         rows = first + tl.arange(0, BN)  # a slot is one block: there are as many as the rows can fill
         fits = rows < end
         keys = score_keys(tl.load(line_ptr + rows, mask=fits, other=0.0), fits)
-        if PACKED:
-            length = (tl.load(offsets_ptr + bag + 1) - tl.load(offsets_ptr + bag)).to(tl.int32)
-        else:
-            length = tl.zeros((), tl.int32) + n_rows
-        n_drop = tl.minimum(tl.load(n_drop_ptr + tl.minimum(top_k, length)), length - 1)
-        seed, step = tl.load(seed_ptr + model // bags_a_model), tl.load(step_ptr + model * stride)
         top, top_rows = find_top(keys, tl.where(fits, rows, LAST_ROW), n_find, BP)
         if KEEP:
             tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)

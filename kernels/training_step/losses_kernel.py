@@ -164,9 +164,9 @@ def losses_of_bag(
 @triton.jit
 def weight_of_bag(cursor_ptr, BAGS: tl.constexpr):
     """What a bag's losses count for in the mean over the bags of its model that have rows."""
-    n_bags = (tl.load(cursor_ptr + 3) > 0).to(tl.float32)
+    n_bags = (tl.load(cursor_ptr + 3, cache_modifier=".cg") > 0).to(tl.float32)
     for bag in tl.static_range(1, BAGS):
-        n_bags += (tl.load(cursor_ptr + bag * 6 + 3) > 0).to(tl.float32)
+        n_bags += (tl.load(cursor_ptr + bag * 6 + 3, cache_modifier=".cg") > 0).to(tl.float32)
     return 1.0 if BAGS == 1 else 1.0 / n_bags
 
 
@@ -203,7 +203,6 @@ def losses_kernel(
     if any is. Every bag has `n_slots` programs, and `positions` rows of losses, every model as many of rates; a bag
     without rows has nothing to do.
     """
-    wait_for_previous(CHAINED)
     X: tl.constexpr = 1 + 2 * C + K
     slot = tl.program_id(0) % n_slots
     place = tl.program_id(0) // n_slots  # of a bag, among those of all models
@@ -213,13 +212,16 @@ def losses_kernel(
     maxima_ptr += place * K
     sums_ptr += place * (MOST + 1) * K * X
     of_bag_ptr = cursor_ptr + place * 6
-    used = tl.load(of_bag_ptr + 3).to(tl.int32)
-    if (slot == 0) & (used == 0):
-        tl.store(used_ptr + place, used)
+    used = tl.load(of_bag_ptr + 3, cache_modifier=".cg").to(tl.int32)
+    label = tl.load(of_bag_ptr + 4, cache_modifier=".cg").to(tl.int32)
+    position = tl.load(of_bag_ptr, cache_modifier=".cg")
+    line = place * positions + position
+    weight = weight_of_bag(cursor_ptr + model * BAGS * 6, BAGS)
     size = slot_size(used, n_slots, BN)
     first = slot * size
-    position = tl.load(of_bag_ptr)
-    line = place * positions + position
+    wait_for_previous(CHAINED)
+    if (slot == 0) & (used == 0):
+        tl.store(used_ptr + place, used)
     if first < used:
         if (slot == 0) & (place % BAGS == 0):
             rate_ptr = rates_ptr + (model * positions + position)
@@ -235,10 +237,9 @@ def losses_kernel(
             sum_slots(sums_ptr, total_ptr, count, K * X, BS, AT_ONCE)
             tl.debug_barrier()  # they are read again in another order
             losses_of_bag(
-                total_ptr, head_bias_ptr + model * parameters, tl.load(of_bag_ptr + 4).to(tl.int32),
-                weight_of_bag(cursor_ptr + model * BAGS * 6, BAGS), d_logits_ptr + place * (K + 1) * C,
-                inverses_ptr + place * K, d_pairs_ptr + place * K * K, correction_ptr + place * K,
-                losses_ptr + line * 4, K, C, X, BK, BX,
+                total_ptr, head_bias_ptr + model * parameters, label, weight,
+                d_logits_ptr + place * (K + 1) * C, inverses_ptr + place * K, d_pairs_ptr + place * K * K,
+                correction_ptr + place * K, losses_ptr + line * 4, K, C, X, BK, BX,
             )  # fmt: skip
             tl.store(used_ptr + place, used)
             tl.store(arrived_ptr + place, 0)

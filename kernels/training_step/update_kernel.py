@@ -9,18 +9,25 @@ from acmil.kernels.products import wait_for_previous
 
 
 @triton.jit
+def load_state(master_ptr, first_moment_ptr, second_moment_ptr, at, fits):
+    """Some parameters and their moments: of the step before, and so there before this launch's wait."""
+    parameter = tl.load(master_ptr + at, mask=fits, other=0.0, cache_modifier=".cg")
+    first = tl.load(first_moment_ptr + at, mask=fits, other=0.0, cache_modifier=".cg")
+    second = tl.load(second_moment_ptr + at, mask=fits, other=0.0, cache_modifier=".cg")
+    return parameter, first, second
+
+
+@triton.jit
 def adamw(
-    master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, at, work_at, fits, gradient,
-    weight_1, weight_2, epsilon, WORK: tl.constexpr,
+    state, gradient, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, at,
+    work_at, fits, weight_1, weight_2, epsilon, WORK: tl.constexpr,
 ):  # fmt: skip
-    """One AdamW step of some parameters, and their working copy; the weights of the moments are 1 − β.
+    """One AdamW step of some parameters, of `load_state`, and their working copy; the weights of the moments are 1 − β.
 
     Products that are added to something say so: left to the compiler, which of them are rounded changed with the sizes
     that a launch was compiled for, and two launches gave a parameter different bits.
     """
-    parameter = tl.load(master_ptr + at, mask=fits, other=0.0)
-    first = tl.load(first_moment_ptr + at, mask=fits, other=0.0)
-    second = tl.load(second_moment_ptr + at, mask=fits, other=0.0)
+    parameter, first, second = state
     first = tl.fma(gradient - first, weight_1, first)
     second = tl.fma(tl.fma(gradient, gradient, -second), weight_2, second)
     denominator = tl.sqrt(second) / tl.load(update_ptr + 2) + epsilon
@@ -108,13 +115,12 @@ def update_kernel(
     holds. Working copies of the first `n_reduction` numbers, whole blocks, of all models stand together, those of the
     other matrices from `work_rest` on, `work_rest_size` for each model.
     """
-    wait_for_previous(CHAINED)
     model = tl.num_programs(0) // n_programs - 1 - tl.program_id(0) // n_programs
     program = tl.program_id(0) % n_programs
     n_small_programs = tl.cdiv(n_small, BS)
     place = model * BAGS  # of its first bag, among those of all models
     used_ptr += place
-    used = tl.load(used_ptr)
+    used = tl.load(used_ptr, cache_modifier=".cg")
     if used > 0:
         of_model = tl.cast(model, tl.int64) * parameters
         master_ptr += of_model
@@ -123,17 +129,23 @@ def update_kernel(
         update_ptr += model * 3
         if program < n_small_programs:  # the longest first
             small = program * BS + tl.arange(0, BS)
+            small_fits = small < n_small
+            small_at = n_large + small
+            small_state = load_state(master_ptr, first_moment_ptr, second_moment_ptr, small_at, small_fits)
+            wait_for_previous(CHAINED)
             of_model_ptr = small_ptr + tl.cast(place, tl.int64) * n_row_programs * n_small
             gradient = sum_small_of_bags(
                 of_model_ptr, used, used_ptr, small, n_small, n_row_programs, row_block, BAGS, BS, BLOCKS
             )
             adamw(
-                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + small, small,
-                small < n_small, gradient, weight_1, weight_2, epsilon, False,
+                small_state, gradient, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr,
+                update_ptr, small_at, small, small_fits, weight_1, weight_2, epsilon, False,
             )  # fmt: skip
         elif program < n_programs - 1:
             large = (program - n_small_programs) * BC + tl.arange(0, BC)
             fits = (large < n_large) & ((large < idle_first) | (large >= idle_first + n_idle))
+            large_state = load_state(master_ptr, first_moment_ptr, second_moment_ptr, large, fits)
+            wait_for_previous(CHAINED)
             of_model_ptr = large_ptr + tl.cast(place, tl.int64) * n_splits * n_large
             total = sum_large_of_bags(
                 of_model_ptr, used, used_ptr, large, n_large, n_splits, n_short, n_long, long_rows, BAGS, BP, LEAST
@@ -142,17 +154,22 @@ def update_kernel(
             if (program - n_small_programs) * BC >= n_reduction:
                 work_first = tl.cast(model, tl.int64) * work_rest_size + work_rest - n_reduction
             adamw(
-                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, large, work_first + large,
-                fits, total, weight_1, weight_2, epsilon, True,
+                large_state, total, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr,
+                large, work_first + large, fits, weight_1, weight_2, epsilon, True,
             )  # fmt: skip
         else:
             bias = tl.arange(0, BB)
             bias_fits = (bias < n_logits) & ((n_idle == 0) | (bias >= n_logits // 2))
+            bias_at = n_large + n_small + bias
+            bias_state = load_state(master_ptr, first_moment_ptr, second_moment_ptr, bias_at, bias_fits)
+            wait_for_previous(CHAINED)
             d_logits = sum_of_logits(d_logits_ptr + place * n_logits, used_ptr, bias, n_logits, bias_fits, BAGS)
             adamw(
-                master_ptr, first_moment_ptr, second_moment_ptr, work_ptr, update_ptr, n_large + n_small + bias, bias,
-                bias_fits, d_logits, weight_1, weight_2, epsilon, False,
+                bias_state, d_logits, master_ptr, first_moment_ptr, second_moment_ptr, work_ptr,
+                update_ptr, bias_at, bias, bias_fits, weight_1, weight_2, epsilon, False,
             )  # fmt: skip
+    else:
+        wait_for_previous(CHAINED)
     if program == n_programs - 1:
         for bag in range(0, BAGS):
             next_bag(cursor_ptr + (place + bag) * 6, bags_ptr + (place + bag) * positions * 3, positions, used)
