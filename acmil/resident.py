@@ -21,7 +21,7 @@ from torch import Tensor
 from acmil.kernels.gated_scores.launches import choose_shares
 from acmil.kernels.launch import MAX_BAGS, power_of_2_at_least
 from acmil.kernels.training_step import GatedParameters
-from acmil.kernels.training_step.fused import TrainingStep
+from acmil.kernels.training_step.fused import STEPS_A_GRAPH, TrainingStep
 from acmil.kernels.training_step.parameters import sizes_of, views_of
 from acmil.kernels.training_step.validation import ROWS_AT_ONCE, ValidationPass
 from acmil.precision import Precision
@@ -423,12 +423,13 @@ class _Group:
         if lane.on_gpu:
             lane.stream.wait_stream(torch.cuda.current_stream(store.device))  # which brought features and weights
         lengths = [place.n_rows for run in runs for place in run.train]
+        self.steps_a_graph = 1 if store.slot_rows else STEPS_A_GRAPH  # a ring of streamed bags has room for one
         with lane.current(), torch.no_grad():
             self.step = TrainingStep(
                 [run.parameters for run in runs],
                 features=store.features,
                 longest=max(lengths),
-                positions=max(math.ceil(len(run.train) / job.batch_size) for run in runs),
+                positions=self._in_whole_graphs(max(math.ceil(len(run.train) / job.batch_size) for run in runs)),
                 top_k=job.model.options["mask_top_k"],
                 ratio=job.model.options["mask_ratio"],
                 weight_decay=job.weight_decay,
@@ -448,18 +449,28 @@ class _Group:
             if len(runs) > 1:  # as large as the largest of their bags, at nearly every step
                 self.sizes = dict.fromkeys(lengths, max(lengths))
             sizes = sorted(set(self.sizes.values()))
-            self.replay: dict[int, Callable[[], None]] = {size: partial(self.step.launch, size) for size in sizes}
+            self.replay: dict[int, Callable[[], None]] = {size: partial(self._launch, size) for size in sizes}
             self.validate: Callable[[], None] = self.validation.launch
             if lane.on_gpu:
-                self.replay = {n: graph.replay for n, graph in zip(sizes, self.step.capture(sizes), strict=True)}
+                graphs = self.step.capture(sizes, self.steps_a_graph)
+                self.replay = {n: graph.replay for n, graph in zip(sizes, graphs, strict=True)}
                 self.validate = self.validation.capture().replay
+
+    def _in_whole_graphs(self, n_steps: int) -> int:
+        """Steps with those behind the last, without bags, that make the last graph whole."""
+        return math.ceil(n_steps / self.steps_a_graph) * self.steps_a_graph
+
+    def _launch(self, n_rows: int) -> None:
+        """What a graph does."""
+        for _ in range(self.steps_a_graph):
+            self.step.launch(n_rows)
 
     def enqueue(self) -> None:
         """Queue the next epoch's training and validation of the runs that have one."""
         epochs = {place: run.next_epoch() for place, run in enumerate(self.members) if run.has_next}
         if not epochs:
             return
-        n_steps = max(len(epoch.steps) for epoch in epochs.values())
+        n_steps = self._in_whole_graphs(max(len(epoch.steps) for epoch in epochs.values()))
         steps = [
             {
                 (place, seat): self.members[place].train[index]
@@ -493,9 +504,10 @@ class _Group:
                 val_bags[place, number, seat] = next(starts), bag.n_rows, 0
         with self.lane.current(), torch.no_grad():
             self.step.schedule(self._sent(bags), self._sent(rates))
-            for step in steps:
-                with self._in_place(step.values()):
-                    self.replay[max(self.sizes[bag.n_rows] for bag in step.values())]()
+            for number in range(0, n_steps, self.steps_a_graph):
+                in_graph = [bag for step in steps[number : number + self.steps_a_graph] for bag in step.values()]
+                with self._in_place(in_graph):
+                    self.replay[max(self.sizes[bag.n_rows] for bag in in_graph)]()
             self.validation.schedule(self._sent(val_bags))
             for one in passes:
                 with self._in_place(one.values()):

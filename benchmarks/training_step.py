@@ -371,11 +371,13 @@ def compiled_arm(shape: Shape, bags: Bags, device: torch.device) -> Callable[[in
 
 
 def fused_arm(step: Any, device: torch.device) -> Callable[[int], None]:
-    """The fused step, captured once for all bags; launched by hand where there are no graphs."""
+    """The fused step, captured once for all bags, with as many a graph as in training; on a CPU launched by hand."""
     if device.type != "cuda":
         return lambda _: step.launch()
-    graph = step.capture([step.longest])[0]
-    return lambda _: graph.replay()
+    from acmil.kernels.training_step.fused import STEPS_A_GRAPH
+
+    graph = step.capture([step.longest], STEPS_A_GRAPH)[0]  # as the resident engine does
+    return lambda number: graph.replay() if number % STEPS_A_GRAPH == 0 else None
 
 
 def inference_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool) -> Callable[[int], None]:

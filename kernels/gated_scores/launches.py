@@ -26,6 +26,8 @@ from acmil.kernels.launch import (
 _GATE_REST_BYTES = 10_240  # of shared memory, beside what the gate has under way
 _STAGES_REST_BYTES = 1_024  # the same for the gradients of the weights
 _TYPICAL_ROWS = (10_000, 30_000)  # of a bag that is not long, and of one that is
+_SHORT_ROWS = 1_024  # a bag up to here is not cut into shares where its tiles are enough for all processors
+_LEAST_SHARE = 256  # rows, elsewhere: a smaller one is not worth its partial sum
 _ROWS_OF_A_PARTIAL = 4_000  # whose product takes as long as writing and adding one more partial sum, as measured
 
 
@@ -146,13 +148,12 @@ def choose_tiles(n_rows: int, n_hidden: int, n_gate: int, dtype: torch.dtype, de
             reduction_backward=Tile(64, 64, 32, 4, 3, 2),
             weight_gradient=Tile(64, 64, 32, 4, 3, 2),
         )
-    long = n_rows >= _long_bag(device)
     return Tiles(
         reduce=_reduction_tile(n_rows, n_hidden, processors),
         gate=_gate_tile(n_rows, whole_gate, processors),
-        gate_backward=Tile(32, whole_gate, 64, 4 if whole_gate <= 128 else 8, 3 if n_rows > 64 * processors else 2, 2),
+        gate_backward=_gate_backward_tile(n_rows, whole_gate, processors),
         reduction_backward=_reduction_backward_tile(n_rows, n_hidden, processors),
-        weight_gradient=Tile(128, 256, 64, 8, 3, 1) if long else Tile(128, 128, 64, 4, 4, 1),
+        weight_gradient=_weight_gradient_tile(n_rows, processors),
     )
 
 
@@ -168,7 +169,7 @@ def _reduction_tile(n_rows: int, n_columns: int, processors: int) -> Tile:
         (Tile(128, 256, 64, 8, 4, 1), 1.0),
         (Tile(128, 128, 64, 4, 4, 1), 0.95),
         (Tile(64, 128, 64, 4, 4, 2), 0.75),
-        (Tile(64, 64, 128, 4, 4, 1), 0.55),
+        (Tile(64, 64, 128, 4, 5, 1), 0.55),
     ):
         n_tiles = ceil_div(n_rows, tile.rows) * ceil_div(n_columns, tile.columns)
         used = n_columns / (ceil_div(n_columns, tile.columns) * tile.columns)
@@ -186,6 +187,23 @@ def _gate_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
     if n_rows >= 128 * processors:
         return Tile(128, n_gate, 64, 8, 4, 1)
     return Tile(64, n_gate, 64, 4, 2, 2) if n_rows >= 64 * processors else Tile(64, n_gate, 64, 4, 3, 1)
+
+
+def _gate_backward_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
+    """Tile of the backward of the gate: twice the warps where a program has one block of rows, and no other beside it.
+
+    With these gates alone each warp then has the columns that it has otherwise, whose sums stay the same to the bit.
+    """
+    if n_gate > 128 or (n_gate == 128 and n_rows <= 32 * processors):
+        return Tile(32, n_gate, 64, 8, 2, 2)
+    return Tile(32, n_gate, 64, 4, 3 if n_rows > 64 * processors else 2, 2)
+
+
+def _weight_gradient_tile(n_rows: int, processors: int) -> Tile:
+    """Tile of the gradients of the weights; of a short bag, not cut into shares, they are small and many."""
+    if n_rows >= 128 * processors:
+        return Tile(128, 256, 64, 8, 3, 1)
+    return Tile(64, 64, 64, 4, 4, 2) if n_rows <= _SHORT_ROWS else Tile(128, 128, 64, 4, 4, 1)
 
 
 def _reduction_backward_tile(n_rows: int, n_hidden: int, processors: int) -> Tile:
@@ -384,7 +402,11 @@ def choose_shares(
         return min(range(1, max(1, at_once // tiles) + 1), key=rows_in_turn)
 
     short, long = (fill(n_rows) for n_rows in _TYPICAL_ROWS)
-    return Shares(short, long, _long_bag(device), 256 if bags_a_model == 1 else 512 * bags_a_model)
+    small_tiles = count_gradient_tiles(n_features, n_hidden, n_gate, _weight_gradient_tile(1, processors), heads=heads)
+    least = _SHORT_ROWS if small_tiles >= processors else _LEAST_SHARE
+    if bags_a_model > 1:
+        least = max(least, _SHORT_ROWS // 2 * bags_a_model)
+    return Shares(short, long, _long_bag(device), least)
 
 
 def launch_weight_gradient(

@@ -36,6 +36,7 @@ _MOST_SLOTS = 512  # whose sums make up those of a bag
 _SUMS_AT_ONCE = 2048
 LARGEST_TILE = 128  # rows
 _DEEPEST_TILE = 64
+STEPS_A_GRAPH = 2  # of which the second begins while the first ends
 CURSOR = 6  # position, first row, 0, length, label, step number
 
 
@@ -270,14 +271,15 @@ class TrainingStep:
         """[V; U; W] of all models one below the other, from a row of the first model's on."""
         return self.below.flatten(0, 1)[row:]
 
-    def capture(self, sizes: Sequence[int]) -> "list[torch.cuda.CUDAGraph]":
-        """A CUDA graph of one step for each size of bag; the state is left as it was.
+    def capture(self, sizes: Sequence[int], steps: int = 1) -> "list[torch.cuda.CUDAGraph]":
+        """A CUDA graph of some steps for each size of bag; the state is left as it was.
 
         Args:
             sizes: Most rows of each graph's bags.
+            steps: So many in each graph, where a step's first programs are put in place while the one before it ends.
 
         Returns:
-            One graph a size; replaying it does the next step.
+            One graph a size; replaying it does the next `steps` steps.
         """
         kept = (self.master, self.moments, self.work, self.cursor, self.powers, self.losses)
         state = [tensor.clone() for tensor in kept]
@@ -290,7 +292,8 @@ class TrainingStep:
             for n_rows in sizes:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream):
-                    self.launch(n_rows)
+                    for _ in range(steps):
+                        self.launch(n_rows)
                 graphs.append(graph)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, state, strict=True):
