@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -239,6 +239,10 @@ def run_command_line(arguments: Sequence[str]) -> int:
     configure_logging(quiet="--quiet" in arguments)
     try:
         status = app(list(arguments), exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        unused = ", ".join(map(repr, error.unused_tokens or ()))
+        said = f"nothing takes {unused}. A name with spaces needs quotes; --help says what the command takes."
+        return _complain(error, arguments, MISUSED, said=said)
     except (CycloptsError, ConfigError) as error:
         return _complain(error, arguments, MISUSED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

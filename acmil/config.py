@@ -1,9 +1,9 @@
 """Options of the commands on cohorts and models: typed, documented, and the only place where their defaults stand."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from acmil.models import defaults
@@ -69,6 +69,17 @@ class _Training(_Options):
         "auto",
         description="What trains: eager (PyTorch), resident (fused steps on a GPU), or auto: resident where it is had.",
     )
+
+    @model_validator(mode="after")
+    def _rates_rise_and_then_fall(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs {self.epochs}, got {self.warmup_epochs:g}.")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must not be above learning_rate {self.learning_rate:g}, "
+                f"got {self.min_learning_rate:g}."
+            )
+        return self
 
 
 class TrainConfig(_Training):

@@ -95,12 +95,14 @@ def _explain(
     item: Mapping[str, Any], from_file: Mapping[str, Any], options: Mapping[str, Any], path: Path | None
 ) -> str:
     """One pydantic error as one line: what, allowed, got, where."""
-    name = str(item["loc"][0]) if item["loc"] else "options"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not item["loc"]:  # of options that do not go together: their check says it all
+        return message if path is None else f"{message.removesuffix('.')} ({path})."
+    name = str(item["loc"][0])
     flag = "--" + name.replace("_", "-")
     if item["type"] == "missing":
         return f"{name} is missing. Give {flag}, or set '{name}:' in a --config file."
     where = f" ({path})" if name in from_file and name not in options else ""
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name} {message}, got {item['input']!r}{where}."
 
 

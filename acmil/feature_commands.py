@@ -171,6 +171,8 @@ def _distinct(values: Iterable[object]) -> str:
 def verify(config: "FeaturesVerifyConfig", *, progress: "Progress | None" = None) -> VerifyReport:
     """Check feature files: whole, finite, of one shape, encoder and resolution, and there for every slide of a cohort.
 
+    Tiles must have places of their own, in the slide, as far as the files say where they lie.
+
     Raises:
         FormatError: If there is no feature file.
         CohortError: If the cohort cannot be read.
@@ -183,7 +185,7 @@ def verify(config: "FeaturesVerifyConfig", *, progress: "Progress | None" = None
         try:
             for slide in read_any(path, check_values=True):
                 slides.append((len(checks), replace(slide, coords=None)))  # coordinates need not be kept
-                checks.append(FileCheck(_name(slide), _check_slide(slide)))
+                checks.append(FileCheck(_name(slide), (*_check_slide(slide), *_check_places(slide))))
                 found.add(slide.slide_id)
         except (FormatError, FeatureFileError) as error:
             checks.append(FileCheck(path.name, (str(error),)))
@@ -210,6 +212,23 @@ def _check_slide(slide: StoredFeatures) -> tuple[str, ...]:
     except FormatError as error:
         return (str(error),)
     return ()
+
+
+def _check_places(slide: StoredFeatures) -> Iterator[str]:
+    """What is wrong with where the tiles lie, as far as the file says it: two at one place, or one beside the slide."""
+    if slide.coords is None or slide.coords_unit != "level0_px":
+        return
+    n_repeated = len(slide.coords) - len(np.unique(slide.coords, axis=0))
+    if n_repeated:
+        yield f"coords must differ from tile to tile, got {n_repeated} where another tile is."
+    width, height = slide.geometry.level0_width, slide.geometry.level0_height
+    if width is None or height is None:
+        return
+    is_outside = ((slide.coords < 0) | (slide.coords >= (width, height))).any(axis=1)
+    if is_outside.any():
+        tile = int(is_outside.argmax())
+        x, y = slide.coords[tile]
+        yield f"coords must lie in the slide, {width} x {height} level-0 px, got ({x}, {y}) at tile {tile}."
 
 
 def _disagreements(

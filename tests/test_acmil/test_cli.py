@@ -60,6 +60,8 @@ def test_help_starts_in_half_a_second():
         ),
         (["train", "c.csv", "--out", "o"], "features is missing. Give --features"),
         (["train", "c.csv", "--features", "f", "--out", "o", "--config", "nothing.yaml"], "no configuration file"),
+        (["train", "c.csv", "--features", "f", "--out", "o", "--warmup-epochs", "100"], "epochs 100, got 100.\n"),
+        (["features", "verify", "a", "b"], "nothing takes 'b'. A name with spaces needs quotes"),
     ],
 )
 def test_wrong_command_lines_exit_2_with_the_mend(capsys, arguments, message):

@@ -36,6 +36,11 @@ def test_misspelt_key_names_file_and_nearest_key(tmp_path):
         ("- epochs\n", r"options.yaml must hold one mapping"),
         ("epochs: [\n", r"options.yaml is not valid YAML"),
         ("device: tpu\n", r"device .*got 'tpu'"),
+        ("epochs: 3\nwarmup_epochs: 3\n", r"^warmup_epochs must be less than epochs 3, got 3 \(.*options.yaml\)\.$"),
+        (
+            "min_learning_rate: 0.001\n",
+            r"^min_learning_rate must not be above learning_rate 0.0001, got 0.001 \(.*options.yaml\)\.$",
+        ),
     ],
 )
 def test_values_that_are_not_allowed(tmp_path, text, message):

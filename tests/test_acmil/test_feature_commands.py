@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -128,6 +129,18 @@ def test_verify_asks_for_an_encoder_and_for_the_slides_of_a_cohort(tmp_path):
     assert found["b.h5"] == "encoder must be 'conch', got none stated."
     assert found["c"] == f"no features, it is in {cohort}."
     assert set(problems(tmp_path / "f").values()) == {""}  # what is not stated is not wrong
+
+
+def test_verify_finds_tiles_that_lie_nowhere_or_on_one_another(tmp_path):
+    sized = replace(TILES, level0_width=128, level0_height=640)
+    write(tmp_path, "a", geometry=sized)  # six tiles in a column of 768 px
+    write(tmp_path, "b", geometry=replace(sized, level0_height=641))
+    with h5py.File(write(tmp_path, "c"), "r+") as file:
+        file["coords"][3] = file["coords"][1]
+    found = problems(tmp_path)
+    assert found["a.h5"] == "coords must lie in the slide, 128 x 640 level-0 px, got (0, 640) at tile 0."
+    assert not found["b.h5"]
+    assert found["c.h5"] == "coords must differ from tile to tile, got 1 where another tile is."
 
 
 def test_verify_of_our_own_files(feature_cohort, other_cohort, tmp_path):
