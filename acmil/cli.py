@@ -241,8 +241,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
         status = app(list(arguments), exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
         unused = ", ".join(map(repr, error.unused_tokens or ()))
-        said = f"nothing takes {unused}. A name with spaces needs quotes; --help says what the command takes."
-        return _complain(error, arguments, MISUSED, said=said)
+        mend = "A name with spaces needs quotes; --help says what the command takes."
+        return _complain(error, arguments, MISUSED, said=f"nothing takes {unused}. {mend}")
     except (CycloptsError, ConfigError) as error:
         return _complain(error, arguments, MISUSED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -15,13 +15,14 @@ from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.embedding import EmbeddedSlide, embed, write_embedded
 from acmil.preprocessing.encoders import Encoder
 from acmil.preprocessing.feature_file import FeatureFile, FeatureFileError
-from acmil.preprocessing.job_folder import JobFolder
+from acmil.preprocessing.job_folder import MPP_TOLERANCE, JobFolder
 from acmil.preprocessing.ledger import Row, Status
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.progress import Progress
 from acmil.preprocessing.quality import quality_summary, tile_quality, within_limits
 from acmil.preprocessing.reader_processes import ProcessReaders
-from acmil.preprocessing.slide import SlideError
+from acmil.preprocessing.readers import ReaderName
+from acmil.preprocessing.slide import Slide, SlideError
 from acmil.preprocessing.slide_list import SlideSource
 from acmil.preprocessing.stream import SlideFailure, StreamEvent, TileBatch, TileStream
 from acmil.preprocessing.tile_images import TileWriter
@@ -68,9 +69,10 @@ class JobRun:
         self._progress = progress
         self._examine = tile_quality if config.tissue == "brightfield" else None
         self._limits = config.quality_limits
+        self._reader_name = config.reader
         self._tiles: TileWriter | None = None
         self._is_warm = False
-        self._renewed: set[str] = set()  # slides that stand under the name of others, which were done before
+        self._renewed: set[str] = set()  # slides whose results are of another slide, or of a resolution not stated now
         self.counts: Counter[str] = Counter()  # done, empty, failed, skipped
         self.n_new_tiles = 0
         self.n_kept_tiles = 0
@@ -83,6 +85,8 @@ class JobRun:
             row = self._finished(source)
             if row is None:
                 todo.append(source)
+                if source.slide_id in self._renewed:
+                    continue  # its row stays, which says why, until the slide is begun
                 row = Row(source.slide_id, str(source.path.absolute()))
             else:
                 self._keep(row)
@@ -188,16 +192,11 @@ class JobRun:
     def _finished(self, source: SlideSource) -> Row | None:
         """A slide's row, if nothing is left to do for it."""
         row = self._folder.ledger.get(source.slide_id)
-        if source.slide_id in self._renewed:
-            return None
-        if row is not None and not _is_same_slide(row, source):
+        why = None if row is None else _why_anew(row, source, reader=self._reader_name)
+        if why is not None:
+            if source.slide_id not in self._renewed:
+                logger.warning("%s: %s: it is done anew", source.slide_id, why)
             self._renewed.add(source.slide_id)
-            logger.warning(
-                "%s: %s is not the slide that was done under this name, %s: it is done anew",
-                source.slide_id,
-                source.path,
-                row.path,
-            )
             return None
         try:
             file = self._folder.finished(source)
@@ -302,6 +301,7 @@ class JobRun:
             alarms="; ".join(alarms),
             tiles_dropped=len(prepared.grid) - n_tiles,
             file_bytes=prepared.source.path.stat().st_size,
+            mpp_given=prepared.source.mpp is not None,
             **quality_summary(embedded.quality),
         )
 
@@ -317,14 +317,21 @@ class JobRun:
         self._progress.advance(0, f"{batch.prepared.source.slide_id}: {batch.stop} of {len(batch.prepared.grid)} tiles")
 
 
-def _is_same_slide(row: Row, source: SlideSource) -> bool:
-    """Whether a slide that was asked for is the one of a row, by the size of its file; it may have been moved."""
-    if row.status not in ("done", "empty") or row.file_bytes is None:
-        return True
+def _why_anew(row: Row, source: SlideSource, *, reader: ReaderName) -> str | None:
+    """Why what was done of a slide is not what is asked for now; what cannot be told throws nothing away."""
+    if row.status not in ("done", "empty"):
+        return None
     try:
-        return source.path.stat().st_size == row.file_bytes
-    except OSError:
-        return True  # what is there cannot be told now: nothing is thrown away
+        if row.file_bytes not in (None, source.path.stat().st_size):  # the same one may have been moved
+            return f"{source.path} is not the slide that was done under this name, {row.path}"
+        if source.mpp is None and row.mpp is not None and row.mpp_given:
+            with Slide.open(source.path, slide_id=source.slide_id, reader=reader) as slide:
+                own = slide.mpp
+            if abs(own - row.mpp) > MPP_TOLERANCE * own:
+                return f"was done at {row.mpp:.4g} µm/px, which is not given any more, and the slide states {own:.4g}"
+    except (SlideError, OSError):
+        pass
+    return None
 
 
 def _why_empty(prepared: PreparedSlide) -> str:

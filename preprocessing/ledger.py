@@ -51,6 +51,7 @@ class Row:
         stain_mean: Mean optical density of the tissue.
         file_bytes: Size of the slide file, by which another slide of its name is told from the same one at another
             place; None where it is not known.
+        mpp_given: Whether `mpp` was stated by the user, in place of what the slide says; None where it is not known.
     """
 
     slide_id: str
@@ -70,6 +71,7 @@ class Row:
     dark_mean: float | None = None
     stain_mean: float | None = None
     file_bytes: int | None = None
+    mpp_given: bool | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -168,6 +170,8 @@ def _stamp(facts: os.stat_result) -> tuple[int, int]:
 def _cell(value: str | float | None) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split("\n"))
 
 
@@ -204,6 +208,7 @@ def _row(cells: dict[str, str], where: str) -> Row:
             dark_mean=_float(cells["dark_mean"]),
             stain_mean=_float(cells["stain_mean"]),
             file_bytes=int(cells["file_bytes"]) if cells["file_bytes"] else None,
+            mpp_given=cells["mpp_given"] == "true" if cells["mpp_given"] else None,
         )
     except (ValueError, TypeError) as error:
         raise LedgerError(f"slides.csv must hold rows as they were written, got {error} ({where}).") from error

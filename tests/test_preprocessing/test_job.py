@@ -23,6 +23,7 @@ from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.feature_file import FeatureFileError, open_feature_file
 from acmil.preprocessing.job import preprocess
 from acmil.preprocessing.job_folder import JobError
+from acmil.preprocessing.job_run import JobRun
 from acmil.preprocessing.quality import tile_quality
 from acmil.preprocessing.slide import Slide, SlideError
 from acmil.preprocessing.slide_list import SlideListError
@@ -75,7 +76,7 @@ def rows(job: Path) -> dict[str, dict[str, str]]:
         assert reader.fieldnames == [
             *("slide_id", "path", "status", "tiles", "mpp", "seconds", "error", "ink_removed", "alarms"),
             *("tiles_dropped", "focus_median", "pen_mean", "fold_mean", "blood_mean", "dark_mean", "stain_mean"),
-            "file_bytes",
+            *("file_bytes", "mpp_given"),
         ]
         return {row["slide_id"]: row for row in reader}
 
@@ -310,6 +311,42 @@ def test_a_resolution_stated_in_the_list_wins_and_is_done_anew_when_changed(slid
     summary = preprocess(configured(table))
     assert (summary.done, summary.skipped) == (1, 1)
     assert open_feature_file(job / "features/patient_1.h5").meta.tile_level0_px == 2 * TILE_PX
+    assert (rows(job)["patient_1"]["mpp_given"], rows(job)["c"]["mpp_given"]) == ("true", "false")
+
+
+def test_a_resolution_that_is_not_stated_any_more_gives_way_to_the_slides_own(
+    slides, configured, tmp_path, caplog, make_tissue_picture, write_slide
+):
+    picture = make_tissue_picture(512, 384, ellipses=[(256, 192, 150, 100)])
+    write_slide(slides / "no_mpp.tiff", picture, mpp=None)
+    table, job = tmp_path / "list.csv", tmp_path / "job"
+    table.write_text("path,mpp\nslides/a.tiff,0.5\nslides/b.tiff,0.5\nslides/no_mpp.tiff,0.5\n", encoding="utf-8")
+    assert preprocess(configured(table)).done == 3
+    assert rows(job)["b"]["mpp"] == "0.5"
+    table.write_text("path\nslides/a.tiff\nslides/b.tiff\nslides/no_mpp.tiff\n", encoding="utf-8")
+    summary = preprocess(configured(table))  # a states the same, no_mpp nothing: both stay
+    assert (summary.done, summary.skipped) == (1, 2)
+    assert caplog.text.count("b: was done at 0.5 µm/px, which is not given any more, and the slide states 0.25") == 1
+    assert open_feature_file(job / "features/b.h5").meta.tile_level0_px == 2 * TILE_PX
+    assert rows(job)["b"]["mpp_given"] == "false"
+    assert preprocess(configured(table)).skipped == 3
+
+
+def test_another_slide_of_the_same_name_is_done_anew_by_the_next_job_too(slides, configured, tmp_path, monkeypatch):
+    """Where a job ends before it comes to that slide."""
+    preprocess(configured(slides / "a.tiff"))
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(slides / "b.tiff", tmp_path / "other/a.tiff")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRun, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(configured(other))
+    assert preprocess(configured(other)).done == 1
+    assert open_feature_file(tmp_path / "job/features/a.h5").meta.tile_level0_px == 2 * TILE_PX
 
 
 def test_another_slide_of_the_same_name_is_done_anew_and_a_moved_one_is_not(slides, configured, tmp_path, caplog):
