@@ -8,9 +8,10 @@ and every gradient by norm, with its buffers poisoned: in float32 as it is, in a
 autocast step of that type gets on the same inputs. No time is taken of a step that is wrong. Then the arms are timed in
 one process, each going round several bags, so that no cache holds the features from one step to the next: the median
 of many samples, with the 10th and 90th percentile. The arm `packed` takes several bags a step, and tells the time of
-each, beside the eager loop's with the fused operators on bags that are joined already. The arm `group` takes the steps
-of several models in one launch, on bags of different sizes, log-normal around N, and tells the time of each; its
-samples are as many bags as there are.
+each, beside the eager loop's with the fused operators on bags that are joined already. The arm `mixed` takes
+bags of different sizes, log-normal around N, by graphs of one, two and four steps; the arm `group` the steps of several
+models in one launch on such bags, and tells the time of each; their samples are as many bags as there are. Their share
+of the floor is that of a bag of N tiles.
 """
 
 import argparse
@@ -380,6 +381,24 @@ def fused_arm(step: Any, device: torch.device) -> Callable[[int], None]:
     return lambda number: graph.replay() if number % STEPS_A_GRAPH == 0 else None
 
 
+def mixed_arm(step: Any, device: torch.device, steps_a_graph: int) -> Callable[[int], None]:
+    """Steps of one model on bags of different sizes, by graphs for the sizes that the resident engine has."""
+    from acmil.resident import bucket_sizes
+
+    lengths = step.bags[0, :, 1].tolist()
+    sizes = dict(zip(lengths, bucket_sizes(lengths), strict=True))
+    if device.type != "cuda":
+        return lambda number: step.launch(sizes[lengths[number]])
+    needed = sorted(set(sizes.values()))
+    graphs = dict(zip(needed, step.capture(needed, steps_a_graph), strict=True))
+
+    def run(number: int) -> None:
+        if number % steps_a_graph == 0:
+            graphs[max(sizes[n] for n in lengths[number : number + steps_a_graph])].replay()
+
+    return run
+
+
 def inference_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool) -> Callable[[int], None]:
     """Attention and pooled features of a bag by the operators or their reference, captured in a graph a bag."""
     from acmil.kernels import gated_attention_pool
@@ -501,6 +520,14 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
         add(f"fused, {size} bags a step, each", fused_arm(step, device), shape.floor_ms(), memory, quick, size)
         rows[-1] |= packed
         del step
+    for steps_a_graph in (1, 2, 4) if "mixed" in arms else ():
+        steps = GROUP_BAGS if device.type == "cuda" else 1
+        positions = (options.samples + 2) * steps
+        memory, step = peak_bytes(device, lambda p=positions: make_group(shape, dtype, device, 1, p))
+        memory = max(0, memory - step.features.nbytes)
+        run = mixed_arm(step, device, steps_a_graph)
+        add(f"fused, bags of many sizes, {steps_a_graph} steps a graph", run, shape.floor_ms(), memory, steps)
+        del step, run
     if "group" in arms:
         for n_models in options.models:
             positions = (options.samples + 2) * GROUP_BAGS if device.type == "cuda" else 3
@@ -556,7 +583,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32", "float16"])
-    arms = "eager,eager-operators,compiled,fused,packed,group,inference-reference,inference"
+    arms = "eager,eager-operators,compiled,fused,packed,mixed,group,inference-reference,inference"
     parser.add_argument("--arms", default=arms)
     parser.add_argument("--bags", type=int, nargs="+", default=[4], help="a step, of the arm packed")
     parser.add_argument("--models", type=int, nargs="+", default=[4, 13, 25], help="of the arm group")
