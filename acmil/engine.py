@@ -67,7 +67,7 @@ def choose_engine(
         return EngineChoice("eager", "as asked")
     missing = _why_not_resident(device, model, options, batch_size)
     if missing is None:
-        return EngineChoice("resident", "features stay on the GPU, every step is one captured graph")
+        return EngineChoice("resident", "features stay on the GPU, steps are captured graphs")
     if engine == "resident":
         raise ValueError(f"engine resident cannot be had: {missing}. Give engine auto or eager.")
     return EngineChoice("eager", missing)

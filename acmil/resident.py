@@ -1,8 +1,8 @@
-"""Training that stays on the GPU: features are packed once, every step is one captured graph, many runs share them.
+"""Training that stays on the GPU: features are packed once, steps are captured graphs, many runs share them.
 
 Same recipe as `acmil.training.fit`, order of bags included. Runs of one kind of model form groups, whose steps are
-taken together: one graph is a step of each. Nothing within an epoch waits for the host: the next epoch is queued before
-the figures of the last are read. The masks come from the kernels' own generator, and validation computes in the
+taken together: one graph is two steps of each. Nothing within an epoch waits for the host: the next epoch is queued
+before the figures of the last are read. The masks come from the kernels' own generator, and validation computes in the
 precision of training.
 """
 
@@ -49,7 +49,7 @@ _NAMES = (  # in a state dict, in the order of `GatedParameters`
 )  # fmt: skip
 _SHARE_OF_MEMORY = 0.9  # of what is free
 _GROUP = 13  # runs whose steps are taken together; 25 are two groups
-_GROWTH = 1.25  # a graph serves bags that differ by at most this factor
+_GROWTH = 1.25  # a graph is for the larger of its bags, and others that differ by at most this factor
 _LEAST_ROWS = 128
 
 

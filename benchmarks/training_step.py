@@ -424,7 +424,8 @@ def inference_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool
 def launch_times(step: Any, repeats: int = 10) -> dict[str, float]:
     """Microseconds of each launch of a step on its own: `repeats` of it in a graph, launches as close as they come.
 
-    A profiler would count a launch that waits in place for the one before it as running.
+    A profiler would count a launch that waits in place for the one before it as running. The step is of no use after:
+    an update directly behind another reads parameters that this is still writing.
     """
     from acmil.kernels.training_step import fused
 

@@ -87,7 +87,7 @@ def n_processors(device: torch.device) -> int:
 def chained(device: torch.device) -> dict[str, object]:
     """Options of every launch: from Hopper on its programs are put in place while the launch before it still runs.
 
-    They wait for its end before they read, so that only the time of launching is saved.
+    They wait for its end before they read what it wrote (`products.wait_for_previous`).
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"CHAINED": True, "launch_pdl": True}

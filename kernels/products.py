@@ -10,8 +10,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def wait_for_previous(CHAINED: tl.constexpr):
     """Wait until the launch before this one has ended; where CHAINED its programs were put in place while it ran.
 
-    Before it a program may read what launches further back have written, as the launch before this one let it begin
-    once it had waited itself; past the L1 (`cache_modifier=".cg"`), which may hold what was there before them.
+    Before it a program may read what launches further back have written, past the L1 (`cache_modifier=".cg"`), which
+    may hold older lines: the launch before this one let it begin once it had waited itself. That is inferred; the PTX
+    manual promises what the launch before has written, after the wait. What the launch directly before may have
+    written is never read here: not by `reduce`, which follows the update and copies of PyTorch's, nor by what an
+    operator begins with. Nothing is written.
     """
     if CHAINED:
         gdc_wait()

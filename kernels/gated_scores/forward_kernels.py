@@ -22,7 +22,8 @@ def reduce_kernel(
     X, W1 and H are descriptors for bulk copies, which fill with zeros what lies outside a matrix. With WINDOW the rows
     begin at row `x_first_ptr[0]` of a larger X. Rows of H behind the last one used, up to a whole tile, hold other
     rows' features. The matrices W1 of several models stand one below the other; `bags_a_model` bags in a row are of one
-    model. With SIGNS it is written which sums are positive, 4 words for every 64 columns.
+    model. With SIGNS it is written which sums are positive, 4 words for every 64 columns. Where the bag is may be of
+    the launch directly before, so that nothing is read before the wait.
     """
     wait_for_previous(CHAINED)
     n_columns: tl.constexpr = (L + BL - 1) // BL

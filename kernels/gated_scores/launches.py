@@ -49,7 +49,8 @@ class Rows(NamedTuple):
     Attributes:
         n_rows: Most rows of a bag.
         offsets: (2,) int64 on the device: the last entry is how many of the rows are used. None: all.
-        x_first: (1,) int64 on the device, the row of X where the bag begins. None: 0.
+        x_first: (1,) int64 on the device, the row of X where the bag begins. None: 0. Like the offsets it must not be
+            of the launch directly before, but for `launch_reduce`: the others read them before they wait.
         models: How many bags there are, each with buffers and partial sums of its own, as if of as many models; at most
             `MAX_BAGS`.
         stride: Numbers from a model's offsets, and its first row of X, to the next one's.
@@ -194,13 +195,13 @@ def _gate_backward_tile(n_rows: int, n_gate: int, processors: int) -> Tile:
 
     With these gates alone each warp then has the columns that it has otherwise, whose sums stay the same to the bit.
     """
-    if n_gate > 128 or (n_gate == 128 and n_rows <= 32 * processors):
-        return Tile(32, n_gate, 64, 8, 2, 2)
-    return Tile(32, n_gate, 64, 4, 3 if n_rows > 64 * processors else 2, 2)
+    stages = 3 if n_rows > 64 * processors else 2
+    has_one_block = n_gate == 128 and n_rows <= 32 * processors
+    return Tile(32, n_gate, 64, 8 if n_gate > 128 or has_one_block else 4, stages, 2)
 
 
 def _weight_gradient_tile(n_rows: int, processors: int) -> Tile:
-    """Tile of the gradients of the weights; of a short bag, not cut into shares, they are small and many."""
+    """Tile of the gradients of the weights; of a short bag, in few shares or one, they are small and many."""
     if n_rows >= 128 * processors:
         return Tile(128, 256, 64, 8, 3, 1)
     return Tile(64, 64, 64, 4, 4, 2) if n_rows <= _SHORT_ROWS else Tile(128, 128, 64, 4, 4, 1)

@@ -100,7 +100,8 @@ def launch_mask(
         top_k: Size of the pool; 0 masks nothing.
         offsets: (B+1,) int64, or None for one bag.
         n_find: `top_k`, or `n_to_find` where there are maxima.
-        maxima: (R, B) float32 to write: the highest score that is not masked.
+        maxima: (R, B) float32 to write: the highest score that is not masked. With them seed, step and offsets must not
+            be of the launch directly before: they are read before the wait for it.
         models: M, each with a bag.
         stride: Numbers from a model's offsets, and its step, to the next one's.
         bags_a_model: So many of the M in a row are one, with several bags.

@@ -5,6 +5,7 @@ GPU does not have. Prints a line of JSON a kernel.
 """
 
 import json
+import re
 import sys
 
 import torch
@@ -34,11 +35,35 @@ def compile_only(compiled):
 
     def run(function, *args, grid, warmup, **options):
         kernel = plain(function, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(kernel.hash, {"kernel": function.__name__, "shared_bytes": kernel.metadata.shared})
+        row = {"kernel": function.__name__, "shared_bytes": kernel.metadata.shared}
+        compiled.setdefault(kernel.hash, row | {"before_wait": misplaced(kernel.asm["ptx"])})
         return kernel
 
     JITFunction.run = run
     driver.set_active(NoGPU())
+
+
+def misplaced(ptx):
+    """What a kernel does before it waits for the launch before it, beside reading past the L1; on any of its paths."""
+    lines = [line.strip() for line in ptx[ptx.index(".entry") :].splitlines()]
+    labels = {match[1]: place for place, line in enumerate(lines) if (match := re.match(r"(\$L__\w+):", line))}
+    found, seen, to_do = set(), set(), [0]
+    while to_do:
+        place = to_do.pop()
+        while place not in seen and place < len(lines):
+            seen.add(place)
+            line = lines[place]
+            if line.startswith("griddepcontrol.wait"):
+                break
+            is_read = re.search(r"\bld\.(volatile\.)?global(?!\.cg)", line)
+            if is_read or re.search(r"\bst\.global|\batom\.|\bred\.|\bcp\.|\bret;|launch_dependents", line):
+                found.add(line)
+            if jump := re.search(r"\bbra(\.uni)?\s+(\$L__\w+);", line):
+                to_do.append(labels[jump.group(2)])
+                if not line.startswith("@"):
+                    break
+            place += 1
+    return sorted(found)
 
 
 def pretend(name, value):

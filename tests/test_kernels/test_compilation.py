@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100, and fits into it."""
+"""Every kernel compiles for an H100, fits into it, and waits for the launch before it before it does anything."""
 
 import importlib.util
 import json
@@ -27,3 +27,4 @@ def test_every_kernel_compiles_for_an_h100():
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in compiled} == KERNELS
     assert [row for row in compiled if row["shared_bytes"] > SHARED_BYTES] == []
+    assert [row for row in compiled if row["before_wait"]] == []

@@ -224,6 +224,33 @@ def test_a_captured_graph_does_every_bag_and_capture_changes_nothing(order, batc
     assert torch.isfinite(two.losses[0, :6]).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_that_overlap_give_the_bits_of_those_that_do_not(dtype, monkeypatch):
+    """Hundreds of steps of short bags, two a graph: what is read before a wait is what was written last."""
+    from acmil.kernels.gated_scores import launches
+    from acmil.kernels.top_k_masking import fused as top_k_masking
+    from acmil.kernels.training_step import fused
+
+    lengths, n_steps, results = [1, 1000, 37, 300], 400, []
+    for is_chained in (True, False):
+        if not is_chained:
+            for module in (launches, top_k_masking, fused):
+                monkeypatch.setattr(module, "chained", lambda _: {"CHAINED": False})
+        step, bags = make_step(
+            Sizes(1024, 512, 128, 5, 2), lengths, torch.device("cuda"), dtype=dtype, positions=n_steps
+        )
+        schedule(step, bags, [number * 7 % 4 for number in range(n_steps)])
+        graph = step.capture([max(lengths)], 2)[0]
+        poison(step)
+        for _ in range(n_steps // 2):
+            graph.replay()
+        results.append((step.master, step.moments, step.losses[:, :n_steps]))
+    for overlapped, apart in zip(*results, strict=True):
+        assert torch.isfinite(apart).all()
+        assert torch.equal(overlapped, apart)
+
+
 BITS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
