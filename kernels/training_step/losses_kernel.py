@@ -171,16 +171,12 @@ def weight_of_bag(cursor_ptr, BAGS: tl.constexpr):
 
 
 @triton.jit
-def prepare_update(rate_ptr, powers_ptr, update_ptr, weight_decay):
-    """AdamW's factors of this step, and the powers of its betas one further, in float64."""
-    power_1 = tl.load(powers_ptr) * tl.load(powers_ptr + 2)
-    power_2 = tl.load(powers_ptr + 1) * tl.load(powers_ptr + 3)
-    tl.store(powers_ptr, power_1)
-    tl.store(powers_ptr + 1, power_2)
-    rate = tl.load(rate_ptr)
-    tl.store(update_ptr, (1.0 - rate * weight_decay).to(tl.float32))
-    tl.store(update_ptr + 1, (rate / (1.0 - power_1)).to(tl.float32))
-    tl.store(update_ptr + 2, tl.sqrt(1.0 - power_2).to(tl.float32))
+def factors_of_update(rate_ptr, powers_ptr, weight_decay):
+    """The powers of AdamW's betas one step further, and its factors of this step, in float64."""
+    power_1 = tl.load(powers_ptr, cache_modifier=".cg") * tl.load(powers_ptr + 2, cache_modifier=".cg")
+    power_2 = tl.load(powers_ptr + 1, cache_modifier=".cg") * tl.load(powers_ptr + 3, cache_modifier=".cg")
+    rate = tl.load(rate_ptr, cache_modifier=".cg")
+    return power_1, power_2, 1.0 - rate * weight_decay, rate / (1.0 - power_1), tl.sqrt(1.0 - power_2)
 
 
 @triton.jit
@@ -219,13 +215,22 @@ def losses_kernel(
     weight = weight_of_bag(cursor_ptr + model * BAGS * 6, BAGS)
     size = slot_size(used, n_slots, BN)
     first = slot * size
+    none = tl.zeros((), tl.float64)
+    power_1, power_2, decay, rate, root = none, none, none, none, none
+    has_factors = (slot == 0) & (place % BAGS == 0) & (used > 0)
+    if has_factors:
+        rate_ptr = rates_ptr + (model * positions + position)
+        power_1, power_2, decay, rate, root = factors_of_update(rate_ptr, powers_ptr + model * 4, weight_decay)
     wait_for_previous(CHAINED)
+    if has_factors:
+        tl.store(powers_ptr + model * 4, power_1)
+        tl.store(powers_ptr + model * 4 + 1, power_2)
+        tl.store(update_ptr + model * 3, decay.to(tl.float32))
+        tl.store(update_ptr + model * 3 + 1, rate.to(tl.float32))
+        tl.store(update_ptr + model * 3 + 2, root.to(tl.float32))
     if (slot == 0) & (used == 0):
         tl.store(used_ptr + place, used)
     if first < used:
-        if (slot == 0) & (place % BAGS == 0):
-            rate_ptr = rates_ptr + (model * positions + position)
-            prepare_update(rate_ptr, powers_ptr + model * 4, update_ptr + model * 3, weight_decay)
         end = tl.minimum(first + size, used)
         sum_rows(
             scores_ptr, projections_ptr, maxima_ptr, sums_ptr + slot * K * X, first, end, score_stride, K, C, X, BN, BS
