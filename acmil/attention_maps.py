@@ -182,6 +182,7 @@ def tile_table(
     *,
     tile_level0_px: int,
     tissue_fraction: np.ndarray | None = None,
+    branch: str | int = MEAN_BRANCH,
 ) -> pd.DataFrame:
     """List every tile of a slide with what the model gave it, in the order of the feature file.
 
@@ -191,10 +192,12 @@ def tile_table(
         coords: Top-left corners (x, y) in level-0 px, shape (N, 2).
         tile_level0_px: Side of a tile in level-0 px.
         tissue_fraction: Share of each tile that is tissue, shape (N,).
+        branch: "mean", or the number of a branch: the attention that is shown.
 
     Returns:
         Columns slide_id; x, y, width, height (level-0 px); attention (mean over branches); attention_branch_0 and
-        on; relative_attention (mean × N); rank (1 = most attended); percentile; tissue_fraction.
+        on; shown ("mean" or the branch), and of that attention relative_attention (× N), rank (1 = most attended) and
+        percentile; tissue_fraction.
 
     Raises:
         AttentionMapError: If attention and coords differ in number.
@@ -207,7 +210,7 @@ def tile_table(
             f"attention must be (K, N) and coords (N, 2), got {attention.shape} and {coords.shape} "
             f"(slide '{slide_id}'). Take both from one prediction."
         )
-    mean = attention.mean(axis=0)
+    mean, shown = attention.mean(axis=0), select_branch(attention, branch)
     columns: dict[str, Any] = {
         "slide_id": [slide_id] * len(mean),
         "x": coords[:, 0],
@@ -216,9 +219,10 @@ def tile_table(
         "height": np.full(len(mean), tile_level0_px),
         "attention": mean,
         **{f"attention_branch_{k}": row for k, row in enumerate(attention)},
-        "relative_attention": relative_attention(mean),
-        "rank": descending_rank(mean),
-        "percentile": percentile_rank(mean),
+        "shown": [str(branch)] * len(mean),
+        "relative_attention": relative_attention(shown),
+        "rank": descending_rank(shown),
+        "percentile": percentile_rank(shown),
     }
     if tissue_fraction is not None:
         columns["tissue_fraction"] = np.asarray(tissue_fraction)
@@ -243,7 +247,7 @@ def attention_geojson(
     """
     if not 0 < top_fraction <= 1:
         raise AttentionMapError(f"top_fraction must be in (0, 1], got {top_fraction}. 0.1 keeps the top tenth.")
-    names = [name for name in table.columns if name not in ("slide_id", "x", "y", "width", "height")]
+    names = [name for name in table.columns if name not in ("slide_id", "shown", "x", "y", "width", "height")]
     order = np.argsort(table["rank"].to_numpy(), kind="stable")[: int(np.ceil(top_fraction * len(table)))]
     boxes = table[["x", "y", "width", "height"]].to_numpy()
     measured = table[names].to_numpy(dtype=np.float64)

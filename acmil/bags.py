@@ -119,21 +119,31 @@ class BagDataset(Sequence[Bag]):
         self.n_features = self._files[0].n_features
         self._held = [(np.array(file.features()), file.coords()) for file in self._files] if in_memory else None
         self._in_use: WeakValueDictionary[str, Bag] = WeakValueDictionary()  # by slide
+        self._samples: dict[Path, str] = {}  # digests of some features of a file, of all selections
 
     @property
     def origin(self) -> dict[str, Any]:
         """What the features are, by what their files say, wherever these lie.
 
         Encoder and tiles, each as far as any file knows it (else empty, -1 or None), and a `digest` over all slides:
-        their number of tiles, feature size, encoder, and the preprocessing that made them.
+        their number of tiles, feature size, encoder, the preprocessing that made them, and the features of three tiles.
         """
 
         def known(values: Iterable[Any]) -> Any:
             return next((value for value in values if value not in ("", UNKNOWN_PX) and value == value), None)
 
         slides = sorted(
-            (row.slide_id, n, meta.encoder, meta.encoder_digest, meta.preprocessing_digest, meta.tile_px, meta.tile_mpp)
-            for row, n, meta in zip(self.rows, self.n_tiles, self.metas, strict=True)
+            (
+                row.slide_id,
+                file.n_tiles,
+                meta.encoder,
+                meta.encoder_digest,
+                meta.preprocessing_digest,
+                meta.tile_px,
+                meta.tile_mpp,
+                self._sample(file),
+            )
+            for row, file, meta in zip(self.rows, self._files, self.metas, strict=True)
         )
         return {
             "encoder": known(meta.encoder for meta in self.metas) or "",
@@ -142,6 +152,14 @@ class BagDataset(Sequence[Bag]):
             "tile_mpp": known(meta.tile_mpp for meta in self.metas),
             "digest": hashlib.sha256(repr((self.n_features, slides)).encode()).hexdigest(),
         }
+
+    def _sample(self, file: FeatureFile) -> str:
+        """Digest of a file's first, middle and last features: those of converted files may be all that tells them."""
+        if file.path not in self._samples:
+            features = file.features()
+            some = np.ascontiguousarray(features[[0, file.n_tiles // 2, file.n_tiles - 1]])
+            self._samples[file.path] = hashlib.sha256(some.tobytes()).hexdigest()
+        return self._samples[file.path]
 
     def select(self, slide_ids: Iterable[str]) -> "BagDataset":
         """Return the bags of some of the slides, in the order given; files are not opened and checked again.
@@ -277,6 +295,8 @@ def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str]) ->
         return f"Write slide ids without the file ending: {PurePath(suffixed).stem!r}, not {suffixed!r}."
     if not found and any((feature_dir / "features").glob(f"*{SUFFIX}")):
         return f"Did you mean {feature_dir / 'features'}?"
+    if not found and any(path.suffix in (".pt", ".npz") for path in feature_dir.iterdir()):
+        return "It holds files of another tool: 'acmil features convert' makes them usable."
     for slide_id in missing[:_MAX_NAMED]:
         if near := difflib.get_close_matches(slide_id, found, n=1, cutoff=0.75):
             return f"Is {slide_id!r} the slide whose features are {near[0] + SUFFIX!r}? Correct the id."

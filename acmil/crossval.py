@@ -89,10 +89,18 @@ def crossval(config: "CrossvalConfig", *, progress: "Progress | None" = None) ->
         for fold in range(config.n_folds)
         for seed in range(config.n_seeds)
     ]
+    beyond = sorted(path for path in config.out.glob("fold_*/seed_*") if _number(path) >= config.n_seeds)
+    if beyond:
+        logger.warning("%d runs of seeds from %d on are in %s and not counted", len(beyond), config.n_seeds, config.out)
     means = choose_means(entries[0].config, n_features=bags.n_features, n_classes=len(cohort.classes))
     _write_inputs(config, cohort, fold_of, folds, bags)
     errors = _train(entries, bags, means, progress)
     return _write_summary(config, cohort, entries, errors, n_kept_out)
+
+
+def _number(path: Path) -> int:
+    number = path.name.rpartition("_")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def split_fold(cohort: Cohort, fold_of: Mapping[str, int], fold: int, config: "CrossvalConfig") -> Cohort:
@@ -245,8 +253,8 @@ def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[s
     folds = config.out / "folds.csv"
     if folds.is_file() and folds.read_text(encoding="utf-8") != _fold_table(cohort, fold_of):
         raise RunError(
-            f"{config.out} holds a cross-validation of other slides, labels or cases than {cohort.path} has now. "
-            "Give another --out."
+            f"{config.out} holds a cross-validation of other slides, labels or cases than {cohort.path} has now, or of "
+            "the same in another order, in which bags are trained on. Give another --out."
         )
     refuse_other_features(config.out, description, bags)
 
@@ -275,16 +283,24 @@ def _write_summary(
     config: "CrossvalConfig",
     cohort: Cohort,
     entries: Sequence[_Entry],
-    errors: Mapping[tuple[int, int], str],
+    errors: dict[tuple[int, int], str],
     n_kept_out: int,
 ) -> CrossvalSummary:
-    """Write runs.csv, predictions.csv and summary.json from what the run folders hold."""
+    """Write runs.csv, predictions.csv and summary.json from what the run folders hold; damaged ones become errors."""
     metrics: dict[tuple[int, int], dict[str, Any]] = {}
     predictions: list[SlidePrediction] = []
     for entry in entries:
         if (entry.fold, entry.seed) not in errors:
-            metrics[entry.fold, entry.seed] = json.loads((entry.config.out / "metrics.json").read_text("utf-8"))
-            predictions += _test_predictions(entry, cohort.classes)
+            try:
+                of_run = json.loads((entry.config.out / "metrics.json").read_text("utf-8"))
+                of_test = _test_predictions(entry, cohort.classes)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                text = f"metrics.json or predictions.csv is damaged ({error}): delete {entry.config.out}."
+                logger.error("fold %d seed %d: %s", entry.fold, entry.seed, text)
+                errors[entry.fold, entry.seed] = text
+                continue
+            metrics[entry.fold, entry.seed] = of_run
+            predictions += of_test
     place = {row.slide_id: number for number, row in enumerate(cohort.rows)}
     predictions.sort(key=lambda row: (row.seed, place[row.slide_id]))
     _write_runs(config.out, entries, metrics, errors)

@@ -85,14 +85,15 @@ class SlideAttention:
         first, *others = [f"{self.classes[i]} {self.probabilities[i]:.1%}" for i in order]
         return f"model: {first}" + (f"  ({', '.join(others[:3])})" if others else "")
 
-    def table(self) -> "pd.DataFrame":
-        """The per-tile table, in the order of the feature file."""
+    def table(self, branch: str | int = "mean") -> "pd.DataFrame":
+        """The per-tile table, in the order of the feature file; ranks are those of the branch that is shown."""
         return tile_table(
             self.slide_id,
             self.attention,
             self.coords,
             tile_level0_px=self.meta.tile_level0_px,
             tissue_fraction=None if np.isnan(self.tissue_fraction).all() else self.tissue_fraction,
+            branch=branch,
         )
 
     def scores(self, branch: str | int, scale: str) -> np.ndarray:
@@ -280,7 +281,7 @@ def _write_maps(config: "HeatmapConfig", run: Run, source: SlideSource) -> Path:
         outline_label=config.outline_label,
         note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles.",
     )
-    table = slide.table()
+    table = slide.table(config.branch)
     table.to_csv(config.out / f"{slide.slide_id}.csv", index=False)
     geojson = attention_geojson(table, colours=scale.colours(scores))
     (config.out / f"{slide.slide_id}.geojson").write_text(json.dumps(geojson), encoding="utf-8")

@@ -251,7 +251,8 @@ def _check_format(path: Path, file: h5py.File) -> None:
     found = file.attrs.get("format")
     if found != FORMAT:
         raise FeatureFileError(
-            f"attribute 'format' must be {FORMAT!r}, got {found!r} ({path}). This is another kind of HDF5 file."
+            f"attribute 'format' must be {FORMAT!r}, got {found!r} ({path}). This is another kind of HDF5 file: "
+            "'acmil features convert' makes those of TRIDENT, CLAM, STAMP and ACMIL's reference code usable."
         )
     version = int(file.attrs.get("format_version", 0))
     if version != FORMAT_VERSION:

@@ -67,12 +67,14 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
         The slides in the order given.
 
     Raises:
-        SlideListError: If a path does not exist, a folder or list holds no slide, a list cannot be read, a slide_id
-            cannot name a file, or two slides have one slide_id.
+        SlideListError: If a path does not exist, or none in a list (one of many that does not is a slide that fails), a
+            folder or list holds no slide, a list cannot be read, a slide_id cannot name a file, or two slides have one
+            slide_id.
     """
     sources = [source for path in given for source in _expand(Path(path), mpp)]
     missing = [source.path for source in sources if not source.path.exists()]
-    if missing:
+    named_here = {Path(path) for path in given}
+    if missing and (len(missing) == len(sources) or not named_here.isdisjoint(missing)):
         named = ", ".join(map(str, missing[:_MAX_NAMED]))
         more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
         raise SlideListError(f"slide file must exist, found none ({named}{more}).")

@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from acmil.figures.style import caption, category_colours, new_figure
+from acmil.figures.style import caption, category_colours, new_figure, plain
 from acmil.overlay import ColourScale, relative_scale
 
 LEGEND_LIMIT = 12
@@ -66,7 +66,7 @@ def umap_figure(
         _category_panel(axes, embedding, values, name)
     for axes in grid[panels:]:
         axes.set_axis_off()
-    figure.suptitle(title or "UMAP of the instance features", fontsize=12)
+    figure.suptitle(plain(title or "UMAP of the instance features"), fontsize=12)
     text = (
         f"{len(embedding):,} tiles of {len(set(slides))} slides. Near points have like features; axes and distances "
         "between groups have no unit. 1× is the attention of each tile if the model preferred none in its slide."
@@ -115,7 +115,7 @@ def umap_slide_figure(
     handles = [_dot(_OTHER_TILES, "tiles of other slides"), _dot("white", "attended above the threshold", edge="black")]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2, fontsize=8, frameon=False)
     _attention_bar(figure, axes, scale)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(plain(title), fontsize=11)
     return figure
 
 
@@ -143,9 +143,9 @@ def _category_panel(axes: Axes, embedding: np.ndarray, values: list[str], name: 
     points = [colours[values[i]] for i in order]
     _small_points(axes, embedding, order, points)
     if len(names) > LEGEND_LIMIT:
-        axes.set_title(f"{name} ({len(names)}; colours repeat)", fontsize=10)
+        axes.set_title(plain(f"{name} ({len(names)}; colours repeat)"), fontsize=10)
         return
-    axes.set_title(name, fontsize=10)
+    axes.set_title(plain(name), fontsize=10)
     handles = [_dot(colours[n], n) for n in names]
     columns = min(len(names), 3 if max(map(len, names)) <= 14 else 2)
     axes.legend(
@@ -158,7 +158,7 @@ def _natural_key(name: str) -> tuple[int, str]:
 
 
 def _dot(colour: str, label: str, *, edge: str = "none") -> Line2D:
-    return Line2D([], [], ls="", marker="o", color=colour, markeredgecolor=edge, markersize=6, label=label)
+    return Line2D([], [], ls="", marker="o", color=colour, markeredgecolor=edge, markersize=6, label=plain(label))
 
 
 def _prepare(axes: Axes, embedding: np.ndarray, *, face: str = _FACE) -> None:

@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from acmil.figures.style import caption, draw_scale_bar, length_text, new_figure
+from acmil.figures.style import caption, draw_scale_bar, length_text, new_figure, plain
 from acmil.overlay import ColourScale, blend, relative_scale
 
 _PANEL_IN = 6.0
@@ -55,13 +55,13 @@ def heatmap_figure(
     overlay = blend(thumbnail, scale.colours(raster), ~np.isnan(raster), opacity=opacity)
     for axes, image, name in ((left, thumbnail, "tissue"), (right, overlay, "attention")):
         axes.imshow(image)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(plain(name), fontsize=10)
         axes.set_axis_off()
         draw_scale_bar(axes, um_per_px=mpp * downsample, width_px=width, height_px=height)
         _draw_outlines(axes, outlines, downsample, outline_label)
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     _colour_bar(figure, right, scale)
-    figure.suptitle(f"{title}\n{prediction}" if prediction else title, fontsize=12)
+    figure.suptitle(plain(f"{title}\n{prediction}" if prediction else title), fontsize=12)
     caption(figure, f"{note} {scale.caption}".strip())
     return figure
 
@@ -85,7 +85,7 @@ def _draw_outlines(axes: Axes, outlines: Sequence[Sequence[np.ndarray]], downsam
         x, y = np.vstack([ring, ring[:1]]).T / downsample - 0.5  # imshow puts pixel centres at whole numbers
         axes.plot(x, y, color=_OUTLINE_COLOUR, lw=1.4, path_effects=halo)
     if outlines:
-        handle = Line2D([], [], color=_OUTLINE_COLOUR, lw=1.4, label=label)
+        handle = Line2D([], [], color=_OUTLINE_COLOUR, lw=1.4, label=plain(label))
         axes.legend(handles=[handle], loc="upper right", fontsize=8, framealpha=0.9)
 
 
@@ -122,14 +122,14 @@ def top_tiles_figure(
     colours = scale.colours(np.asarray(values)) / 255
     for axes, tile, colour, label in zip(grid, tiles, colours, labels, strict=False):
         axes.imshow(tile)
-        axes.set_title(label, fontsize=9)
+        axes.set_title(plain(label), fontsize=9)
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(edgecolor=colour, linewidth=5)
     for axes in grid[len(tiles) :]:
         axes.set_axis_off()
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(plain(title), fontsize=11)
     caption(figure, f"Each tile is {length_text(round(tile_um, 1))} wide. Frames: {scale.label}.")
     return figure
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from acmil.figures.style import CATEGORY_COLOURS, GREY, caption, new_figure, quiet_axes
+from acmil.figures.style import CATEGORY_COLOURS, GREY, caption, new_figure, plain, quiet_axes
 
 _PANELS_IN_ROW = 3
 _LINES = ("-", "--", "-.", ":")
@@ -28,10 +28,10 @@ def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: st
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="chance")
     for i, (name, (false_positive, true_positive)) in enumerate(curves.items()):
-        axes.plot(false_positive, true_positive, label=name, lw=2, **_line(i))
+        axes.plot(false_positive, true_positive, label=plain(name), lw=2, **_line(i))
     quiet_axes(axes, xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(plain(title), fontsize=11)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     if note:
         axes.set_xlabel(f"{axes.get_xlabel()}\n{note}", fontsize=9)
@@ -78,7 +78,7 @@ def training_curves_figure(
         _curves_panel(axes, epochs, {column: columns[column] for column in groups[name]}, name, selected_epoch)
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(plain(title), fontsize=12)
     if selected_epoch is not None:
         caption(figure, f"Dotted line: epoch {selected_epoch}, whose weights the run keeps.")
     return figure
@@ -131,12 +131,12 @@ def concentration_figure(
         shares = np.stack([curve[np.minimum(k, len(curve)) - 1] for curve in group])  # (slides, len(k))
         low, middle, high = np.percentile(shares, [25, 50, 75], axis=0)
         axes.fill_between(k, low, high, color=_line(i)["color"], alpha=0.15, lw=0)
-        axes.plot(k, middle, label=f"{name} ({len(group)} slides)", lw=2, **_line(i))
+        axes.plot(k, middle, label=plain(f"{name} ({len(group)} slides)"), lw=2, **_line(i))
     axes.set(xscale="log", xlim=(1, max(longest, 2)), ylim=(0, 1.02))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.25, lw=0.6)
     quiet_axes(axes, xlabel="k, tiles in falling order of attention", ylabel="share of attention on the top k tiles")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(plain(title), fontsize=11)
     axes.legend(fontsize=8, loc="lower right")
     caption(figure, "Line: median over slides; band: quartiles. A steeper rise: the model rests on fewer tiles.")
     return figure

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from acmil.figures.style import caption, draw_scale_bar, length_text, new_figure
+from acmil.figures.style import caption, draw_scale_bar, length_text, new_figure, plain
 
 _TILE_IN = 1.5
 _OUTLINE_COLOUR = "#008a3c"  # stands out against the pinks and purples of H&E
@@ -40,7 +40,7 @@ def slide_figure(
     panels = figure.subplots(1, len(images), squeeze=False)[0]
     for axes, image, title in zip(panels, images, titles, strict=True):
         axes.imshow(image)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(plain(title), fontsize=10)
         axes.set_axis_off()
         draw_scale_bar(axes, um_per_px=um_per_px, width_px=width, height_px=height)
     for ring in outlines:

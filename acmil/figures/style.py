@@ -25,10 +25,18 @@ def category_colours(names: list[str]) -> Mapping[str, str]:
     return {name: CATEGORY_COLOURS[i % len(CATEGORY_COLOURS)] for i, name in enumerate(names)}
 
 
+def plain(text: str) -> str:
+    """A text that is shown as it is, whatever names it holds.
+
+    Dollar signs would make a formula of it, and a legend leaves out what begins with an underscore.
+    """
+    return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
+
+
 def caption(figure: Figure, text: str) -> None:
     """Put a wrapped small-print line under a figure."""
     columns = max(int(figure.get_figwidth() * _CHARACTERS_PER_INCH), 20)
-    figure.supxlabel(textwrap.fill(text, columns), fontsize=8, color=GREY, x=0.02, ha="left")
+    figure.supxlabel(plain(textwrap.fill(text, columns)), fontsize=8, color=GREY, x=0.02, ha="left")
 
 
 def quiet_axes(axes: Axes, **labels: Any) -> None:

@@ -80,6 +80,14 @@ class Geometry:
     def _derived(self) -> "Geometry":
         if self.tile_px is None or self.level0_mpp is None:
             return self
+        if self.tile_level0_px is not None and self.tile_mpp is not None:
+            follows = self.tile_level0_px * self.level0_mpp / self.tile_px
+            if abs(self.tile_mpp - follows) > _TOLERANCE * follows:
+                raise FormatError(
+                    f"tile_mpp must be tile_level0_px * level0_mpp / tile_px, {self.tile_level0_px} * "
+                    f"{self.level0_mpp:g} / {self.tile_px} = {follows:.4g}, got {self.tile_mpp:g}. Leave it out: it "
+                    "follows from the others."
+                )
         if self.tile_level0_px is None and self.tile_mpp is not None:
             return replace(self, tile_level0_px=round(self.tile_px * self.tile_mpp / self.level0_mpp))
         if self.tile_mpp is None and self.tile_level0_px is not None:

@@ -143,7 +143,7 @@ def table():
 def test_tile_table(table):
     assert table.columns.tolist() == [
         "slide_id", "x", "y", "width", "height", "attention", "attention_branch_0", "attention_branch_1",
-        "relative_attention", "rank", "percentile", "tissue_fraction",
+        "shown", "relative_attention", "rank", "percentile", "tissue_fraction",
     ]  # fmt: skip
     np.testing.assert_allclose(table["attention"], [0.3, 0.5, 0.2])
     np.testing.assert_allclose(table["relative_attention"], [0.9, 1.5, 0.6])
@@ -151,6 +151,18 @@ def test_tile_table(table):
     np.testing.assert_allclose(table["percentile"], [50, 250 / 3, 50 / 3])
     np.testing.assert_array_equal(table[["x", "y", "width", "height"]].iloc[1], [256, 0, 256, 256])
     assert set(table["slide_id"]) == {"s1"}
+
+
+def test_ranks_are_of_the_attention_that_is_shown():
+    attention = np.array([[0.2, 0.5, 0.3], [0.7, 0.2, 0.1]])
+    table = tile_table("s1", attention, np.zeros((3, 2)), tile_level0_px=256, branch="1")
+    assert set(table["shown"]) == {"1"}
+    assert table["rank"].tolist() == [1, 2, 3]
+    np.testing.assert_allclose(table["relative_attention"], [2.1, 0.6, 0.3])
+    np.testing.assert_allclose(table["attention"], [0.45, 0.35, 0.2])
+    first = attention_geojson(table)["features"][0]["properties"]["measurements"]
+    assert first["rank"] == 1
+    assert first["attention_branch_1"] == 0.7
 
 
 def test_tile_table_refuses_disagreeing_arrays():

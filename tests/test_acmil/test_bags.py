@@ -51,6 +51,22 @@ def written(tmp_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
+def test_the_origin_follows_the_features_and_not_the_folder(tmp_path: Path, written: dict) -> None:
+    """Converted files say nothing but what they hold: other features of the same sizes are others."""
+    rows = [row("007"), row("s2")]
+    origin = BagDataset(tmp_path, rows, classes=None).origin
+    for name in ("moved", "changed"):
+        (tmp_path / name).mkdir()
+        for slide_id in ("007", "s2"):
+            features = written[slide_id][0].copy()
+            features[-1] += name == "changed" and slide_id == "s2"
+            write_bag(tmp_path / name, slide_id, features)
+    assert BagDataset(tmp_path / "moved", rows[::-1], classes=None).origin == origin
+    changed = BagDataset(tmp_path / "changed", rows, classes=None)
+    assert {key for key, value in changed.origin.items() if value != origin[key]} == {"digest"}
+    assert changed.select(["007"]).origin == BagDataset(tmp_path, rows[:1], classes=None).origin
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_bags_are_what_was_written(tmp_path: Path, written: dict, in_memory: bool) -> None:
     rows = [row("s2", "b"), row("007", "a"), row("s.1", None)]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -320,6 +321,24 @@ def test_a_folder_of_other_options_slides_or_kind_is_refused(finished, bare_coho
         crossval(options(bare_cohort, trained_run))
     with pytest.raises(RunError, match="give one of its run folders, such as fold_0/seed_0"):
         load_run(finished)
+
+
+def test_fewer_seeds_than_there_are_are_told_of(finished, bare_cohort, tmp_path, caplog):
+    out = shutil.copytree(finished, tmp_path / "out")
+    crossval(options(bare_cohort, out))
+    assert "not counted" not in caplog.text
+    crossval(options(bare_cohort, out, n_seeds=1))
+    assert f"{FOLDS} runs of seeds from 1 on are in {out} and not counted" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "content"), [("predictions.csv", "a,b\n1,2\n"), ("metrics.json", "junk")])
+def test_a_damaged_result_of_a_run_is_a_row(finished, bare_cohort, tmp_path, name, content):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "fold_1" / "seed_0" / name).write_text(content)
+    assert crossval(options(bare_cohort, out)).failed == 1
+    rows = {(row["fold"], row["seed"]): row for row in read_csv(out / "runs.csv")}
+    assert rows["1", "0"]["status"] == "failed"
+    assert f"delete {out / 'fold_1' / 'seed_0'}" in rows["1", "0"]["error"]
 
 
 def test_seeds_on_other_features_are_refused(bare_cohort, other_cohort, tmp_path):

@@ -241,6 +241,16 @@ def test_options_may_not_contradict_a_file(tmp_path):
             converted(tmp_path / "in", tmp_path / "out", without_geometry=True, **options)
 
 
+def test_stated_sizes_must_go_together(tmp_path):
+    write(tmp_path / "in", "a")
+    stated = {"level0_mpp": 0.25, "level0_width": 128, "level0_height": 768}
+    with pytest.raises(FormatError, match=r"128 \* 0.25 / 64 = 0.5, got 1\."):
+        converted(tmp_path / "in", tmp_path / "out", tile_mpp=1.0, **stated)
+    assert not (tmp_path / "out").exists()
+    converted(tmp_path / "in", tmp_path / "out", tile_mpp=0.5, **stated)
+    assert open_feature_file(tmp_path / "out" / "features" / "a.h5").meta.tile_mpp == 0.5
+
+
 def test_the_real_stamp_named_file(shared_data, tmp_path):
     source = shared_data / "features_stamp" / "TCGA-AD-6964-01Z-00-DX1"
     with pytest.raises(FormatError, match=r"--level0-mpp, --tile-px, .*--coords-mpp.*--without-geometry"):

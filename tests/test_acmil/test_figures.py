@@ -169,6 +169,15 @@ def test_roc_curves_and_their_names():
     assert _texts_overlap(figure) == []
 
 
+def test_names_are_shown_as_they_are():
+    rates = np.linspace(0, 1, 5)
+    figure = roc_figure({"_high": (rates, rates), "$1$ \\frac": (rates, rates)}, title="S$1$x_y")
+    figure.draw_without_rendering()  # which would read formulas
+    names = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    assert names == ["chance", "_high", r"\$1\$ \frac"]
+    assert figure.axes[0].get_title() == r"S\$1\$x_y"
+
+
 def test_training_curves_go_to_their_panels():
     history = {
         "epoch": [0, 1, 2],

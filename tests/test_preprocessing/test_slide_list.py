@@ -55,6 +55,9 @@ def test_a_csv_names_slides_and_states_resolutions(folder):
 def test_lists_that_cannot_be_used_are_refused(folder):
     with pytest.raises(SlideListError, match=r"must exist, found none \(.*none\.svs\)"):
         list_slides([folder / "a.TIFF", folder / "none.svs"])
+    table = folder.parent / "one_is_gone.csv"  # which will be a slide that fails
+    table.write_text("path\nslides/a.TIFF\nslides/gone.svs\n", encoding="utf-8")
+    assert [source.slide_id for source in list_slides([table])] == ["a", "gone"]
     with pytest.raises(SlideListError, match=r"none\.svs, .*nor\.svs\)"):
         list_slides([folder / "none.svs", folder / "nor.svs"])
     (folder / "latin.csv").write_bytes("path\nä.svs\n".encode("latin-1"))
