@@ -295,7 +295,10 @@ def _write_summary(
                 of_run = json.loads((entry.config.out / "metrics.json").read_text("utf-8"))
                 of_test = _test_predictions(entry, cohort.classes)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                text = f"metrics.json or predictions.csv is damaged ({error}): delete {entry.config.out}."
+                text = (
+                    f"metrics.json or predictions.csv is damaged ({type(error).__name__}: {error}). "
+                    f"Delete {entry.config.out}: the same command makes it anew."
+                )
                 logger.error("fold %d seed %d: %s", entry.fold, entry.seed, text)
                 errors[entry.fold, entry.seed] = text
                 continue

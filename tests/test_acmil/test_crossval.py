@@ -338,7 +338,10 @@ def test_a_damaged_result_of_a_run_is_a_row(finished, bare_cohort, tmp_path, nam
     assert crossval(options(bare_cohort, out)).failed == 1
     rows = {(row["fold"], row["seed"]): row for row in read_csv(out / "runs.csv")}
     assert rows["1", "0"]["status"] == "failed"
-    assert f"delete {out / 'fold_1' / 'seed_0'}" in rows["1", "0"]["error"]
+    assert f"Delete {out / 'fold_1' / 'seed_0'}: the same" in rows["1", "0"]["error"]
+    shutil.rmtree(out / "fold_1" / "seed_0")
+    assert crossval(options(bare_cohort, out)).failed == 0
+    assert files_of(out)["summary.json"] == files_of(finished)["summary.json"]
 
 
 def test_seeds_on_other_features_are_refused(bare_cohort, other_cohort, tmp_path):
