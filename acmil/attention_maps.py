@@ -39,7 +39,8 @@ def select_branch(attention: np.ndarray, branch: str | int = MEAN_BRANCH) -> np.
     except ValueError:
         index = -1
     if not 0 <= index < len(attention):
-        allowed = f"'{MEAN_BRANCH}' or a number from 0 to {len(attention) - 1}"
+        numbers = f"a number from 0 to {len(attention) - 1}" if len(attention) > 1 else "0, the only one"
+        allowed = f"'{MEAN_BRANCH}' or {numbers}"
         raise AttentionMapError(f"branch must be {allowed}, got {branch!r}. Choose one of the model's branches.")
     return attention[index]
 

@@ -165,6 +165,11 @@ def test_ranks_are_of_the_attention_that_is_shown():
     assert first["attention_branch_1"] == 0.7
 
 
+def test_a_branch_of_a_model_with_one():
+    with pytest.raises(AttentionMapError, match="branch must be 'mean' or 0, the only one, got 1"):
+        select_branch(np.ones((1, 2)) / 2, 1)
+
+
 def test_tile_table_refuses_disagreeing_arrays():
     with pytest.raises(AttentionMapError, match="slide 's1'"):
         tile_table("s1", np.ones((2, 4)), np.zeros((3, 2)), tile_level0_px=256)
