@@ -1,8 +1,9 @@
 """Device functions that cut packed bags into slots of rows, each within one bag.
 
 With slots of `size` rows, slot `c` of bag `b` has the number `offsets[b] // size + b + c`. No two slots share a
-number, since `floor((o + n) / size) - floor(o / size) + 1 >= ceil(n / size)`, and `ΣN // size + B` numbers are enough:
-the number of programs is known without reading the offsets. A number that no slot has is skipped.
+number, since `floor((o + n) / size) - floor(o / size) + 1 >= ceil(n / size)`, and `ceil(ΣN / size) + B - 1` numbers are
+enough, since `floor(o / size) + ceil(n / size) <= ceil((o + n) / size)`: the number of programs is known without
+reading the offsets. A number that no slot has is skipped.
 """
 # ruff: noqa: ANN001, ANN201, RET505
 

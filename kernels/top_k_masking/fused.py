@@ -42,7 +42,16 @@ def _(scores: Tensor, seed: Tensor, top_k: int, ratio: float, offsets: Tensor | 
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-def block_size(n_rows: int) -> int:
+def slot_of(n_rows: int, n_bags: int) -> tuple[int, int]:
+    """Scores of a slot, and warps to search them."""
+    if n_bags == 1 and n_rows <= BLOCK:  # one slot, so that there is no second search
+        block = max(BLOCK // 4, power_of_2_at_least(n_rows))
+        return block, 4 if block == BLOCK else 1
+    block = _block_size(n_rows)
+    return block, ceil_div(block, BLOCK)
+
+
+def _block_size(n_rows: int) -> int:
     """Scores of a slot: as few as a warp finds fast, where that does not make too many slots."""
     if n_rows <= 16 * BLOCK // 4:
         return BLOCK // 4
@@ -108,14 +117,14 @@ def launch_mask(
     """
     n_lines, n_rows = scores.shape
     n_bags = 1 if offsets is None else offsets.shape[0] - 1
-    block = block_size(n_rows)
+    block, warps = slot_of(n_rows, n_bags)
     n_slots = ceil_div(n_rows, block)
     places = power_of_2_at_least(n_find)
-    warps = max(ceil_div(block, BLOCK), min(8, places * places // 4096))  # a large pool is compared with itself
-    mask_kernel[(n_lines, n_slots + n_bags if offsets is not None else n_slots)](
+    warps = max(warps, min(8, places * places // 4096))  # a large pool is compared with itself
+    mask_kernel[(n_lines, n_slots + n_bags - 1)](
         scores, keep, maxima, picks, arrived, n_drop, seed, step, offsets, n_rows, n_bags, n_slots, stride,
         n_lines // models, bags_a_model, scores.stride(0), top_k, n_find,
         BN=block, BM=min(BLOCK, power_of_2_at_least(n_slots * places)), BP=places, KEEP=keep is not None,
         MAXIMA=maxima is not None, PACKED=offsets is not None, SEARCH=search_steps(n_bags),
-        num_warps=warps, **chained(scores.device),
+        ALONE=n_slots == 1 and n_bags == 1, num_warps=warps, **chained(scores.device),
     )  # fmt: skip

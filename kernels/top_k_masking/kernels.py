@@ -107,7 +107,7 @@ def mask_kernel(
     scores_ptr, keep_ptr, maxima_ptr, picks_ptr, arrived_ptr, n_drop_ptr, seed_ptr, step_ptr, offsets_ptr,
     n_rows, n_bags, n_slots, stride, n_lines, bags_a_model, score_stride, top_k, n_find,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, KEEP: tl.constexpr, MAXIMA: tl.constexpr,
-    PACKED: tl.constexpr, SEARCH: tl.constexpr, CHAINED: tl.constexpr,
+    PACKED: tl.constexpr, SEARCH: tl.constexpr, ALONE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Mask one row of scores in one slot's share; the program that comes last in a bag draws for the whole bag.
 
@@ -116,6 +116,7 @@ def mask_kernel(
     is written, (R, B): for that the `n_find` highest are looked for, one more than the pool where all of it is masked.
     Every `n_lines` rows belong to one model: its offsets and step are `stride` numbers behind those of the one before.
     `bags_a_model` bags in a row may be of one model: they share its seed, and draw as packed bags do.
+    With ALONE there is one slot, of all rows of one bag: nothing to wait for, nothing to put together.
     """
     if not MAXIMA:  # the offsets may be of the launch before
         wait_for_previous(CHAINED)
@@ -146,14 +147,18 @@ def mask_kernel(
         top, top_rows = find_top(keys, tl.where(fits, rows, LAST_ROW), n_find, BP)
         if KEEP:
             tl.store(keep_ptr + line.to(tl.int64) * n_rows + rows, tl.full((BN,), 1, tl.int8), mask=fits)
-        first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
         picks_line_ptr = picks_ptr + line * tl.num_programs(1) * (2 * BP)
-        save_top(picks_line_ptr, slot, top, top_rows, BP)
-        tl.debug_barrier()  # every thread's writes come before the count below
-        last = tl.atomic_add(arrived_ptr + line * n_bags + bag, 1, sem="acq_rel", scope="gpu") == count - 1
+        if not ALONE:
+            save_top(picks_line_ptr, slot, top, top_rows, BP)
+        tl.debug_barrier()  # every thread's writes come before the count, and before those of what is masked
+        last = True
+        if not ALONE:
+            first_slot, count = slots_of_bag(bag, size, offsets_ptr, n_rows, PACKED)
+            last = tl.atomic_add(arrived_ptr + line * n_bags + bag, 1, sem="acq_rel", scope="gpu") == count - 1
         if last:
-            if count > 1:
-                top, top_rows = top_of_slots(picks_line_ptr + first_slot * (2 * BP), count, n_find, BM, BP)
+            if not ALONE:  # noqa: SIM102 (the compiler looks at what it knows beforehand by itself)
+                if count > 1:
+                    top, top_rows = top_of_slots(picks_line_ptr + first_slot * (2 * BP), count, n_find, BM, BP)
             in_pool = (top_rows != LAST_ROW) & (place < top_k)
             number = ((line - model * n_lines) * bags_a_model + model % bags_a_model) * n_bags + bag
             masked = draw_masked(in_pool, n_drop, seed, step, number, BP)
@@ -164,4 +169,5 @@ def mask_kernel(
             if MAXIMA:
                 highest = tl.max(tl.where(masked, NO_SCORE, top), axis=0)
                 tl.store(maxima_ptr + line * n_bags + bag, key_scores(highest))
-            tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch
+            if not ALONE:
+                tl.store(arrived_ptr + line * n_bags + bag, 0)  # ready for the next launch

@@ -126,6 +126,35 @@ def test_fused_draws_from_the_highest_of_each_bag_however_it_is_cut(device, monk
         assert (bag[~kept] >= least[~kept]).all()
 
 
+@pytest.mark.parametrize("n", [1, 7, 256, 300, 512, 513, 1000, 1024])
+def test_a_bag_searched_in_one_piece_is_masked_as_one_cut_into_many(device, monkeypatch, n):
+    from acmil.kernels.top_k_masking import fused
+
+    scores = torch.randn(3, n, generator=generator(6)).round(decimals=1).to(device)  # with ties
+    whole = fused_mask(scores, top_k=10, ratio=0.6)
+    in_place, maxima = scores.clone(), torch.empty(3, 1, device=device)
+
+    def mask_in_place():
+        fused.launch_mask(
+            in_place, None, fused.new_picks(3, n, 1, 10, scores.device),
+            torch.zeros(3, dtype=torch.int32, device=device), fused.drop_table(10, 0.6, scores.device),
+            torch.ones(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device), 10,
+            torch.tensor([0, n], device=device), n_find=10, maxima=maxima,
+        )  # fmt: skip
+
+    mask_in_place()
+    kept = ~torch.isinf(in_place)
+    assert torch.equal(maxima[:, 0], in_place.max(dim=1).values)
+    monkeypatch.setattr(fused, "BLOCK", 64)
+    assert torch.equal(whole, fused_mask(scores, top_k=10, ratio=0.6))
+    whole_in_place, whole_maxima = in_place, maxima.clone()
+    in_place = scores.clone()
+    mask_in_place()
+    assert torch.equal(whole_in_place, in_place)
+    assert torch.equal(whole_maxima, maxima)
+    assert ((~kept).sum(dim=1) == n_masked(n, 10, 0.6)).all()
+
+
 def test_fused_masks_of_equal_scores_and_of_both_signs(device):
     for scores in (torch.zeros(2, 50), torch.full((2, 50), -1e30), torch.tensor([[-1.0, -2.0, 3.0, 0.0, -0.0]] * 2)):
         n = scores.shape[1]
