@@ -11,10 +11,12 @@ of many samples, with the 10th and 90th percentile. The arm `packed` takes sever
 each, beside the eager loop's with the fused operators on bags that are joined already. The arm `mixed` takes
 bags of different sizes, log-normal around N, by graphs of one, two and four steps; the arm `group` the steps of several
 models in one launch on such bags, and tells the time of each; their samples are as many bags as there are. Their share
-of the floor is that of a bag of N tiles.
+of the floor is that of a bag of N tiles. The arm `energy` runs each launch of such a group over and over, and whole
+steps, for seconds, and tells what a model's share of it takes from the card: where power is the limit, it is the time.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -32,6 +34,7 @@ PRODUCT_FLOPS, COPY_BYTES = 757e12, 3.0e12  # measured on an H100: a large bf16 
 TOP_K, RATIO, WEIGHT_DECAY, RATE = 10, 0.6, 1e-5, 1e-4
 CACHE_BYTES = 300e6  # features that the bags of a size hold together, several times the L2
 GROUP_BAGS = 64  # of a group of models
+ENERGY_SECONDS = 3.0  # of each launch: the card's counter moves on some ten times a second
 HALF_ERROR, HALF_RATIO = 2e-3, 2.0  # a half type may err HALF_RATIO times as far as PyTorch's own
 FLOAT32_NEAR_ZERO = 1e-6  # of the norms of a row and a line: a product of them may be on either side of zero
 FLOAT32_ERROR, FLOAT32_BIAS_ERROR = 1e-4, 1e-3  # the gradient of bV is what is left of sums that all but cancel
@@ -421,11 +424,10 @@ def inference_arm(shape: Shape, bags: Bags, device: torch.device, *, fused: bool
     return lambda number: graphs[number % len(graphs)].replay()
 
 
-def launch_times(step: Any, repeats: int = 10) -> dict[str, float]:
-    """Microseconds of each launch of a step on its own: `repeats` of it in a graph, launches as close as they come.
+def launches_of(step: Any) -> dict[str, Callable[[], Any]]:
+    """Each launch of a step, to do again on its own.
 
-    A profiler would count a launch that waits in place for the one before it as running. The step is of no use after:
-    an update directly behind another reads parameters that this is still writing.
+    The step is of no use after: an update directly behind another reads parameters that this is still writing.
     """
     from acmil.kernels.training_step import fused
 
@@ -446,16 +448,76 @@ def launch_times(step: Any, repeats: int = 10) -> dict[str, float]:
     step.launch()
     for owner, name in places:
         setattr(owner, name, plain[name])
-    return {name: 1e3 / repeats * _replayed_ms(call, repeats) for name, call in calls.items()}
+    return calls
 
 
-def _replayed_ms(call: Callable[[], Any], repeats: int) -> float:
+def launch_times(step: Any, repeats: int = 10) -> dict[str, float]:
+    """Microseconds of each launch of a step on its own: `repeats` of it in a graph, launches as close as they come.
+
+    A profiler would count a launch that waits in place for the one before it as running.
+    """
+    device = torch.device("cuda")
+    graphs = {name: _captured(call, repeats) for name, call in launches_of(step).items()}
+    return {
+        name: 1e3 / repeats * timed(lambda _, graph=graph: graph.replay(), device, samples=15, steps=1).median
+        for name, graph in graphs.items()
+    }
+
+
+def _captured(call: Callable[[], Any], repeats: int) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             call()
-    return timed(lambda _: graph.replay(), torch.device("cuda"), samples=15, steps=1).median
+    return graph
+
+
+def launch_energies(step: Any, repeats: int = 10) -> dict[str, Any]:
+    """Millijoules and microseconds, a model, of whole steps and of each launch on its own, when all there is for long.
+
+    Always of the same bags, and the models stay as they are. At rest a card takes energy too: it is in all of these.
+    Beside them, as yardsticks, X W1ᵀ of as many rows by PyTorch, and a copy of as many rows of X.
+    """
+    step.rates.zero_()
+    lengths = step.bags[:, 0, 1]
+    x, weight = step.features[: int(lengths.sum())], step.reductions[0]
+    copied, product = torch.empty_like(x), x.new_empty((x.shape[0], weight.shape[0]))
+    graphs = {"whole step": _captured(step.launch, repeats)}
+    graphs |= {name: _captured(call, repeats) for name, call in launches_of(step).items()}
+    graphs["product of X and W1 by PyTorch"] = _captured(lambda: torch.mm(x, weight.T, out=product), repeats)
+    graphs["copy of X"] = _captured(lambda: copied.copy_(x), repeats)
+    energies = {name: _energy_of(graph, repeats * step.n_models) for name, graph in graphs.items()}
+    return {"mean_rows": lengths.double().mean().item(), "launches_mj_us": energies}
+
+
+def _energy_of(graph: torch.cuda.CUDAGraph, parts: int) -> tuple[float, float]:
+    for _ in range(10):  # to warm up
+        graph.replay()
+    torch.cuda.synchronize()
+    consumed, started, replays = consumed_mj(), time.perf_counter(), 0
+    while time.perf_counter() - started < ENERGY_SECONDS:
+        for _ in range(10):
+            graph.replay()
+        replays += 10
+        torch.cuda.synchronize()
+    elapsed_us = 1e6 * (time.perf_counter() - started)
+    return (consumed_mj() - consumed) / (replays * parts), elapsed_us / (replays * parts)
+
+
+def consumed_mj() -> int:
+    """Millijoules that the current GPU has taken since its driver was loaded (NVML)."""
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+    for status in (
+        nvml.nvmlInit_v2(),
+        nvml.nvmlDeviceGetHandleByUUID(ctypes.c_char_p(uuid), ctypes.byref(device)),
+        nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy)),
+    ):
+        if status != 0:
+            raise SystemExit(f"NVML does not tell the card's energy: error {status}")
+    return energy.value
 
 
 def peak_bytes(device: torch.device, action: Callable[[], Any]) -> tuple[int, Any]:
@@ -538,6 +600,10 @@ def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
             group_arm = f"{n_models} models in a launch, each"
             add(group_arm, fused_arm(step, device), shape.floor_ms(), memory, steps, n_models)
             del step
+    for n_models in options.models if "energy" in arms and device.type == "cuda" else ():
+        energies = launch_energies(make_group(shape, dtype, device, n_models, 1))
+        rows.append({"size": str(shape), "dtype": options.dtype, "arm": "energy", "models": n_models, **energies})
+        print(json.dumps(rows[-1]), flush=True)
     for arm, fused in (("inference-reference", False), ("inference", True)):
         if arm in arms:
             memory, run = peak_bytes(device, lambda fused=fused: inference_arm(shape, bags, device, fused=fused))
@@ -564,7 +630,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         "| largest error (autocast's) |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if "ms" in row):
         error = f"{row['error']:.1e} ({row['autocast_error']:.1e})" if "error" in row else ""
         lines.append(
             f"| {row['size']} {row['dtype']} | {row['arm']} | {row['ms']:.4f} ({row['p10_ms']:.4f} to "
@@ -576,7 +642,21 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += ["", "Each launch of the fused step on its own, µs (ten in a graph, on one bag):", ""]
         lines += ["| launch | " + " | ".join(profiles) + " |", "|---" * (len(profiles) + 1) + "|"]
         lines += [f"| {n} | " + " | ".join(f"{profile[n]:.1f}" for profile in profiles.values()) + " |" for n in names]
+    for row in result["rows"]:
+        lines += _energy_table(row) if "launches_mj_us" in row else []
     return "\n".join(lines) + "\n"
+
+
+def _energy_table(row: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"{row['size']}, {row['models']} models in a launch, bags of {row['mean_rows']:,.0f} in the mean; each ",
+    ]
+    lines[-1] += f"on its own for {ENERGY_SECONDS:.0f} s, a model:"
+    lines += ["", "| launch | mJ | µs | W |", "|---|---|---|---|"]
+    for name, (mj, us) in row["launches_mj_us"].items():
+        lines.append(f"| {name} | {mj:.2f} | {us:.2f} | {1e3 * mj / us:.0f} |")
+    return lines
 
 
 def main() -> None:
@@ -585,9 +665,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default=None, choices=["bfloat16", "float32", "float16"])
     arms = "eager,eager-operators,compiled,fused,packed,mixed,group,inference-reference,inference"
-    parser.add_argument("--arms", default=arms)
+    parser.add_argument("--arms", default=arms, help="all but energy, which takes minutes")
     parser.add_argument("--bags", type=int, nargs="+", default=[4], help="a step, of the arm packed")
-    parser.add_argument("--models", type=int, nargs="+", default=[4, 13, 25], help="of the arm group")
+    parser.add_argument("--models", type=int, nargs="+", default=[4, 13, 25], help="of the arms group and energy")
     parser.add_argument("--sizes", default="", help="N:D:L,… in place of the standard sizes")
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--result", type=Path, help="written with the suffixes .json and .md")
