@@ -477,15 +477,24 @@ def launch_energies(step: Any, repeats: int = 10) -> dict[str, Any]:
     """Millijoules and microseconds, a model, of whole steps and of each launch on its own, when all there is for long.
 
     Always of the same bags, and the models stay as they are. At rest a card takes energy too: it is in all of these.
-    Beside them, as yardsticks, X W1ᵀ of as many rows by PyTorch, and a copy of as many rows of X.
+    Beside them, as yardsticks, PyTorch's X W1ᵀ of as many rows, its d(X W1ᵀ)ᵀ X of them in as many shares as there are,
+    in the features' type, and a copy of as many rows of X.
     """
     step.rates.zero_()
     lengths = step.bags[:, 0, 1]
     x, weight = step.features[: int(lengths.sum())], step.reductions[0]
     copied, product = torch.empty_like(x), x.new_empty((x.shape[0], weight.shape[0]))
+    step.launch()
+    d_reduced = torch.cat([step.d_reduced[i * step.model_rows :][:n] for i, n in enumerate(lengths.tolist())])
+    n_shares = step.n_models * step.shares.short
+    in_shares = [m[: len(m) // n_shares * n_shares].view(n_shares, -1, m.shape[1]) for m in (d_reduced, x)]
+    gradient = x.new_empty((n_shares, *weight.shape))
     graphs = {"whole step": _captured(step.launch, repeats)}
     graphs |= {name: _captured(call, repeats) for name, call in launches_of(step).items()}
     graphs["product of X and W1 by PyTorch"] = _captured(lambda: torch.mm(x, weight.T, out=product), repeats)
+    graphs["product of d(X W1ᵀ) and X by PyTorch"] = _captured(
+        lambda: torch.bmm(in_shares[0].transpose(1, 2), in_shares[1], out=gradient), repeats
+    )
     graphs["copy of X"] = _captured(lambda: copied.copy_(x), repeats)
     energies = {name: _energy_of(graph, repeats * step.n_models) for name, graph in graphs.items()}
     return {"mean_rows": lengths.double().mean().item(), "launches_mj_us": energies}
@@ -626,11 +635,14 @@ def as_markdown(result: dict[str, Any]) -> str:
         "# One ACMIL-GA training step", "",
         f"{result['machine']}, torch {result['versions']['torch']}, triton {result['versions']['triton']}. "
         f"{result['note']}", "",
+    ]  # fmt: skip
+    timed_rows = [row for row in result["rows"] if "ms" in row]
+    lines += [] if not timed_rows else [
         "| size | arm | ms, median (p10 to p90) | share of the floor | memory beyond the features, MB "
         "| largest error (autocast's) |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in (row for row in result["rows"] if "ms" in row):
+    for row in timed_rows:
         error = f"{row['error']:.1e} ({row['autocast_error']:.1e})" if "error" in row else ""
         lines.append(
             f"| {row['size']} {row['dtype']} | {row['arm']} | {row['ms']:.4f} ({row['p10_ms']:.4f} to "
@@ -644,7 +656,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines += [f"| {n} | " + " | ".join(f"{profile[n]:.1f}" for profile in profiles.values()) + " |" for n in names]
     for row in result["rows"]:
         lines += _energy_table(row) if "launches_mj_us" in row else []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
 def _energy_table(row: dict[str, Any]) -> list[str]:
