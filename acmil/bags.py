@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from acmil.cohort import CohortRow
+from acmil.models.defaults import MPP_TOLERANCE
 from acmil.preprocessing.feature_file import SUFFIX, UNKNOWN_PX, FeatureFile, FeatureMeta, open_feature_file
 
 logger = logging.getLogger(__name__)
-
-TILE_MPP_TOLERANCE = 0.01  # tiles whose resolutions differ by less than this share count as of one resolution
 
 _MAX_NAMED = 5  # more slides than this are counted, not listed
 
@@ -90,6 +89,7 @@ class BagDataset(Sequence[Bag]):
         classes: Sequence[str] | None,
         in_memory: bool = False,
         check_values: bool = True,
+        mpp_tolerance: float | None = MPP_TOLERANCE,
     ) -> None:
         """Open and check the feature files of `rows`.
 
@@ -99,6 +99,7 @@ class BagDataset(Sequence[Bag]):
             classes: Class names, in the order of the model's outputs; None leaves the bags without labels.
             in_memory: Read all features now and hold them.
             check_values: Look for NaN and infinities, which reads every feature once.
+            mpp_tolerance: Share by which the slides' tile resolutions may differ; None: by any.
 
         Raises:
             BagError: If there is no row, a slide has no feature file or a label that is none of `classes`, or the
@@ -116,6 +117,8 @@ class BagDataset(Sequence[Bag]):
         self.metas: tuple[FeatureMeta, ...] = tuple(file.meta for file in self._files)
         self.n_tiles = tuple(file.n_tiles for file in self._files)
         _check_compatible(self.rows, self._files)
+        if mpp_tolerance is not None:
+            _check_resolutions(self.rows, self.metas, mpp_tolerance)
         self.n_features = self._files[0].n_features
         self._held = [(np.array(file.features()), file.coords()) for file in self._files] if in_memory else None
         self._in_use: WeakValueDictionary[str, Bag] = WeakValueDictionary()  # by slide
@@ -125,13 +128,15 @@ class BagDataset(Sequence[Bag]):
     def origin(self) -> dict[str, Any]:
         """What the features are, by what their files say, wherever these lie.
 
-        Encoder and tiles, each as far as any file knows it (else empty, -1 or None), and a `digest` over all slides:
-        their number of tiles, feature size, encoder, the preprocessing that made them, and the features of three tiles.
+        Encoder and tiles, each as far as any file knows it (else empty, -1 or None; of `tile_mpp` the finest and the
+        coarsest), and a `digest` over all slides: their number of tiles, feature size, encoder, the preprocessing that
+        made them, and the features of three tiles.
         """
 
         def known(values: Iterable[Any]) -> Any:
             return next((value for value in values if value not in ("", UNKNOWN_PX) and value == value), None)
 
+        resolutions = [meta.tile_mpp for meta in self.metas if meta.tile_mpp > 0]  # NaN: not known
         slides = sorted(
             (
                 row.slide_id,
@@ -149,7 +154,7 @@ class BagDataset(Sequence[Bag]):
             "encoder": known(meta.encoder for meta in self.metas) or "",
             "encoder_digest": known(meta.encoder_digest for meta in self.metas) or "",
             "tile_px": known(meta.tile_px for meta in self.metas) or UNKNOWN_PX,
-            "tile_mpp": known(meta.tile_mpp for meta in self.metas),
+            "tile_mpp": None if not resolutions else [min(resolutions), max(resolutions)],
             "digest": hashlib.sha256(repr((self.n_features, slides)).encode()).hexdigest(),
         }
 
@@ -322,15 +327,24 @@ def _check_compatible(rows: Sequence[CohortRow], files: Sequence[FeatureFile]) -
             SUFFIX,
             strange[0][1],
         )
-    pairs = [(file.meta.tile_mpp, row.slide_id) for row, file in zip(rows, files, strict=True)]
+
+
+def _check_resolutions(rows: Sequence[CohortRow], metas: Sequence[FeatureMeta], tolerance: float) -> None:
+    """All slides have about one resolution; tiles cut by nominal magnification differ by scanner."""
+    pairs = [(meta.tile_mpp, row.slide_id) for row, meta in zip(rows, metas, strict=True)]
     known = [pair for pair in pairs if pair[0] > 0]  # converted files may not know it
-    if known:
-        (finest, fine_slide), (coarsest, coarse_slide) = min(known), max(known)
-        if coarsest > finest * (1 + TILE_MPP_TOLERANCE):
-            raise BagError(
-                f"all slides must have one tile_mpp within {TILE_MPP_TOLERANCE:.0%}, got {finest:.4g} µm/px for "
-                f"{fine_slide!r} and {coarsest:.4g} µm/px for {coarse_slide!r}. Preprocess them with the same tile_mpp."
-            )
+    if not known:
+        return
+    (finest, fine_slide), (coarsest, coarse_slide) = min(known), max(known)
+    difference = coarsest / finest - 1
+    found = f"{finest:.4g} µm/px for {fine_slide!r} and {coarsest:.4g} µm/px for {coarse_slide!r}"
+    if difference > tolerance:
+        raise BagError(
+            f"all slides must have one tile_mpp within {tolerance:.2g} of each other (mpp_tolerance), got {found}: "
+            f"{difference:.2g}. Preprocess them with the same tile_mpp, or allow as much."
+        )
+    if difference > MPP_TOLERANCE:
+        logger.warning("The slides' tiles are not of one resolution: %s. Going on, as asked.", found)
 
 
 def _check_same(name: str, values: Iterable[str | int], rows: Sequence[CohortRow]) -> None:

@@ -15,6 +15,10 @@ NotNegatable: JsonDict = {"negatable": False}  # likewise: a flag whose name is 
 
 _DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."
 _FORCE = "Go on although encoder or resolution of the features differ from the model's."
+_MPP_TOLERANCE = (
+    "Share by which the tiles' µm per pixel may differ between slides; tiles cut by nominal magnification, as "
+    "TRIDENT's, may differ by more from scanner to scanner."
+)
 
 
 class _Options(BaseModel):
@@ -52,6 +56,7 @@ class _Training(_Options):
     min_learning_rate: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     weight_decay: float = Field(1e-5, ge=0, description="Weight decay of AdamW.")
+    mpp_tolerance: float = Field(defaults.MPP_TOLERANCE, ge=0, description=_MPP_TOLERANCE)
     batch_size: int = Field(1, ge=1, description="Bags a step.")
     split_seed: int = Field(0, ge=0, description="Seed of the split, where the cohort has no split column.")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -213,6 +218,7 @@ class FeaturesVerifyConfig(_Options):
     encoder: str | None = Field(
         None, description="Encoder that the features must be of; by default that of most of the files."
     )
+    mpp_tolerance: float = Field(defaults.MPP_TOLERANCE, ge=0, description=_MPP_TOLERANCE)
 
 
 class FeaturesConvertConfig(_Options):

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 FOLD_COLUMNS = ("slide_id", "case_id", "label", "fold")
 
 # Between a call and the one that goes on; cohort and features are compared by what they are.
-_MAY_DIFFER = {"cohort", "features", "out", "device", "precision", "engine", "n_seeds"}
+_MAY_DIFFER = {"cohort", "features", "out", "device", "precision", "engine", "n_seeds", "mpp_tolerance"}
 
 
 class CrossvalSummary(NamedTuple):
@@ -82,7 +82,7 @@ def crossval(config: "CrossvalConfig", *, progress: "Progress | None" = None) ->
     logger.info("%s", describe_classes(cohort))
     fold_of = assign_folds(cohort, n_folds=config.n_folds, seed=config.split_seed)
     folds = [split_fold(cohort, fold_of, fold, config) for fold in range(config.n_folds)]
-    bags = BagDataset(config.features, cohort.rows, classes=cohort.classes)
+    bags = BagDataset(config.features, cohort.rows, classes=cohort.classes, mpp_tolerance=config.mpp_tolerance)
     _refuse_another(config, cohort, fold_of, bags)
     entries = [
         _Entry(fold, seed, _run_config(config, fold, seed), folds[fold])

@@ -47,7 +47,8 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
     cohort = run.select(whole, config.split)
     n_left_out = len(whole.rows) - len(cohort.rows)
     labels = _labels(cohort, run)
-    bags = BagDataset(config.features, cohort.rows, classes=run.classes if labels is not None else None)
+    classes = run.classes if labels is not None else None
+    bags = BagDataset(config.features, cohort.rows, classes=classes, mpp_tolerance=None)  # which the run looks at
     for meta in bags.metas:
         run.check_features(meta, force=config.force)
     _refuse_run_folder(config.out)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from acmil.preprocessing.progress import Progress
 
 ANY_SUFFIX = (*SUFFIXES, bag_archive.SUFFIX)
-TILE_MPP_TOLERANCE = 0.01
 
 _COLUMNS = ("file", "format", "slides", "tiles", "D", "dtype", "mpp", "tile", "encoder", "notes")
 _BLOCK_VALUES = 1 << 22
@@ -190,7 +189,7 @@ def verify(config: "FeaturesVerifyConfig", *, progress: "Progress | None" = None
         except (FormatError, FeatureFileError) as error:
             checks.append(FileCheck(path.name, (str(error),)))
             found.add(path.stem)
-    for place, problems in _disagreements(slides, encoder=config.encoder):
+    for place, problems in _disagreements(slides, encoder=config.encoder, mpp_tolerance=config.mpp_tolerance):
         checks[place] = FileCheck(checks[place].name, (*checks[place].problems, *problems))
     if cohort is not None:
         missing = [row.slide_id for row in cohort.rows if row.slide_id not in found]
@@ -232,7 +231,7 @@ def _check_places(slide: StoredFeatures) -> Iterator[str]:
 
 
 def _disagreements(
-    slides: Sequence[tuple[int, StoredFeatures]], *, encoder: str | None
+    slides: Sequence[tuple[int, StoredFeatures]], *, encoder: str | None, mpp_tolerance: float
 ) -> Iterator[tuple[int, list[str]]]:
     """What sets slides apart from the encoder asked for, and from what most of them are."""
     n_features = _most_common(slide.n_features for _, slide in slides)
@@ -250,7 +249,7 @@ def _disagreements(
         elif (found := slide.extras.get("encoder_digest")) and found != digest:
             problems.append(f"encoder weights must have digest {digest[:12]}, as in most files, got {found[:12]}.")
         mpp = slide.geometry.tile_mpp
-        if mpp is not None and abs(mpp / tile_mpp - 1) > TILE_MPP_TOLERANCE:
+        if mpp is not None and abs(mpp / tile_mpp - 1) > mpp_tolerance:
             problems.append(f"tile_mpp must be {tile_mpp:.4g}, as in most files, got {mpp:.4g}.")
         if slide.geometry.tile_px not in (None, tile_px):
             problems.append(f"tile_px must be {tile_px}, as in most files, got {slide.geometry.tile_px}.")

@@ -183,7 +183,7 @@ def sample_cohort(
     """
     import pandas as pd
 
-    bags = BagDataset(config.features, cohort.rows, classes=None)
+    bags = BagDataset(config.features, cohort.rows, classes=None, mpp_tolerance=None)  # which the run looks at
     for meta in bags.metas:
         run.check_features(meta, force=config.force)
     tables, features = [], []

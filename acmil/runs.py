@@ -56,7 +56,7 @@ class Run:
     classes: tuple[str, ...]
     encoder: str
     encoder_digest: str
-    tile_mpp: float
+    tile_mpp: tuple[float, float]  # the finest and the coarsest that it was trained on
     tile_px: int
     splits: Mapping[str, str]  # slide_id -> split
     case_splits: Mapping[str, str]  # case_id -> split
@@ -87,8 +87,12 @@ class Run:
         What is not known, as in converted files, agrees with any.
 
         Raises:
-            RunError: If encoder, its weights, tile size or resolution (beyond 2 %) differ and `force` is off.
+            RunError: If encoder, its weights, tile size or resolution (by more than 2 % from those of the training
+                slides) differ and `force` is off.
         """
+        finest, coarsest = self.tile_mpp
+        trained_mpp = f"{finest:.4g}" if finest == coarsest else f"{finest:.4g} to {coarsest:.4g}"
+        in_range = finest / (1 + _RESOLUTION_TOLERANCE) <= meta.tile_mpp <= coarsest * (1 + _RESOLUTION_TOLERANCE)
         differences = [
             f"{name} {theirs!r}, trained on {ours!r}"
             for name, theirs, ours, same in (
@@ -100,15 +104,11 @@ class Run:
                     _agree(meta.encoder_digest, self.encoder_digest),
                 ),
                 ("tile size in pixels", meta.tile_px, self.tile_px, _agree(meta.tile_px, self.tile_px)),
-                (
-                    "µm per pixel",
-                    round(meta.tile_mpp, 4),
-                    round(self.tile_mpp, 4),
-                    not abs(meta.tile_mpp / self.tile_mpp - 1) > _RESOLUTION_TOLERANCE,  # NaN: not known
-                ),
             )
             if not same
         ]
+        if not in_range and not (math.isnan(meta.tile_mpp) or math.isnan(finest)):  # both are known
+            differences.append(f"µm per pixel {meta.tile_mpp:.4g}, trained on {trained_mpp}")
         if not differences:
             return
         text = f"features of slide '{meta.slide_id}' do not fit the model of {self.folder}: {'; '.join(differences)}."
@@ -215,7 +215,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         classes=tuple(description["classes"]),
         encoder=description["encoder"],
         encoder_digest=description["encoder_digest"],
-        tile_mpp=math.nan if description["tile_mpp"] is None else description["tile_mpp"],
+        tile_mpp=tuple(description["tile_mpp"] or (math.nan, math.nan)),
         tile_px=description["tile_px"],
         splits={row["slide_id"]: row["split"] for row in rows},
         case_splits={row["case_id"]: row["split"] for row in rows},

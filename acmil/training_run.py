@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 10.0  # between two states of a run, as an epoch may take milliseconds
 
-_WHERE_ONLY = {"out", "device"}  # options that may differ between a run and its resumption
+_WHERE_ONLY = {"out", "device", "mpp_tolerance"}  # options that may differ between a run and its resumption
 _BY_WHAT_IT_IS = {"cohort", "features", "precision", "engine"}  # and those compared by what they stand for
 
 
@@ -106,7 +106,7 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
     test = [row for row in cohort.rows if row.split == "test"]
     if (too_few := few_cases([str(row.label) for row in test], [row.case_id for row in test])) is not None:
         logger.warning("test set: %s", too_few)
-    bags = BagDataset(config.features, cohort.rows, classes=cohort.classes)
+    bags = BagDataset(config.features, cohort.rows, classes=cohort.classes, mpp_tolerance=config.mpp_tolerance)
     means = choose_means(config, n_features=bags.n_features, n_classes=len(cohort.classes))
 
     def on_epoch(record: EpochRecord) -> None:

@@ -1,4 +1,4 @@
-"""Defaults of the models, written once: model signatures and the training configuration both read them here.
+"""Defaults of the models and their data, written once: signatures and the training configuration both read them here.
 
 Imports nothing, so that the command line can show them without loading torch.
 """
@@ -10,6 +10,7 @@ MASK_RATIO = 0.6
 ATTENTION_FEATURES = 128
 N_HEADS = 8
 DROPOUT = 0.1
+MPP_TOLERANCE = 0.01  # tiles whose resolutions differ by less than this share count as of one resolution
 
 # Inner size by feature size, as the reference implementation sets it for its backbones.
 HIDDEN_FEATURES = {384: 128, 512: 256, 768: 384, 1024: 512, 1536: 768}

@@ -171,8 +171,12 @@ def test_job_folder_instead_of_its_features(tmp_path: Path) -> None:
         (4, {"encoder": "other"}, "same encoder, got 'tiny' for '007' and 'other' for 'odd'"),
         (4, {"encoder_digest": "d2"}, "same encoder_digest, got 'd1' for '007' and 'd2' for 'odd'"),
         (4, {"tile_px": 512}, "same tile_px, got 256 for '007' and 512 for 'odd'"),
-        (4, {"tile_mpp": 0.506}, "within 1%, got 0.5 µm/px for '007' and 0.506 µm/px for 'odd'"),
-        (4, {"tile_mpp": 0.25}, "within 1%, got 0.25 µm/px for 'odd' and 0.5 µm/px for '007'"),
+        (
+            4,
+            {"tile_mpp": 0.506},
+            "within 0.01 of each other (mpp_tolerance), got 0.5 µm/px for '007' and 0.506",
+        ),
+        (4, {"tile_mpp": 0.25}, "got 0.25 µm/px for 'odd' and 0.5 µm/px for '007': 1. Preprocess"),
     ],
 )
 def test_features_that_do_not_go_together(

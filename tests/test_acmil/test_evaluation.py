@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from acmil.bags import BagDataset
+from acmil.bags import BagDataset, BagError
 from acmil.cohort import CohortError, read_cohort
 from acmil.config import EvaluateConfig, TrainConfig
 from acmil.evaluation import evaluate
@@ -157,6 +157,25 @@ def test_features_of_another_encoder_or_resolution_are_refused_unless_forced(tra
     ):
         evaluate(options(trained_run, other, tmp_path / "out"))
     assert evaluate(options(trained_run, other, tmp_path / "out", force=True)).n_slides == 8
+
+
+def test_slides_of_several_scanners_are_trained_on_when_it_is_stated(other_cohort, tmp_path, caplog):
+    cohort = other_cohort(tmp_path / "in", tile_mpp=0.5)
+    coarser = other_cohort(tmp_path / "coarser", tile_mpp=0.55)
+    ids = [row["slide_id"] for row in read_csv(cohort.csv)]
+    for slide_id in ids[::2]:
+        shutil.copy(coarser.features / f"{slide_id}.h5", cohort.features)
+    stated = {"cohort": cohort.csv, "features": cohort.features, "out": tmp_path / "run", "epochs": 2, "device": "cpu"}
+    with pytest.raises(BagError, match=r"within 0\.01 of each other \(mpp_tolerance\).*0\.5 .*0\.55 .*: 0\.1\."):
+        train(TrainConfig(**stated))
+    assert not (tmp_path / "run").exists()
+    train(TrainConfig(**stated, mpp_tolerance=0.12))
+    assert "not of one resolution: 0.5 µm/px" in caplog.text
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["tile_mpp"] == [0.5, 0.55]
+    assert evaluate(options(tmp_path / "run", cohort, tmp_path / "out", split="all")).n_slides == len(ids)
+    finer = other_cohort(tmp_path / "finer", tile_mpp=0.48)
+    with pytest.raises(RunError, match=r"µm per pixel 0\.48, trained on 0\.5 to 0\.55"):
+        evaluate(options(tmp_path / "run", finer, tmp_path / "out"))
 
 
 def test_not_a_run_folder(tmp_path):

@@ -153,6 +153,7 @@ def test_verify_of_our_own_files(feature_cohort, other_cohort, tmp_path):
     assert found["s001.h5"] == "tile_mpp must be 0.5, as in most files, got 0.25."
     assert found["copy.h5: s002"] == "slide_id must be the file's name, got 's002'."
     assert sum(map(bool, found.values())) == 2
+    assert not problems(mixed.features, mpp_tolerance=0.6)["s001.h5"]
 
 
 # ---- convert ----

@@ -226,7 +226,7 @@ def test_what_one_file_does_not_say_of_its_features_others_do(feature_cohort, tm
     train(options(feature_cohort._replace(features=tmp_path / "features"), tmp_path / "run", epochs=1))
     description = json.loads((tmp_path / "run" / "model.json").read_text())
     assert (description["encoder"], description["encoder_digest"]) == ("synthetic", "0" * 64)
-    assert (description["tile_px"], description["tile_mpp"]) == (224, 0.5)
+    assert (description["tile_px"], description["tile_mpp"]) == (224, [0.5, 0.5])
 
 
 def test_a_cohort_without_splits_is_split_by_case(feature_cohort, tmp_path):
