@@ -335,7 +335,7 @@ def _sources(slides: list[Path]) -> list[SlideSource]:
     sources: list[SlideSource] = []
     for path in slides:
         is_list = path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())
-        sources += list_slides([path]) if is_list else [SlideSource(path.stem, path)]
+        sources += list_slides([path], with_tiles=True) if is_list else [SlideSource(path.stem, path)]
     seen: dict[str, Path] = {}
     for source in sources:
         if source.slide_id in seen:

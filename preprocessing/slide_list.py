@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ class SlideSource:
     mpp: float | None = None
 
 
-def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[SlideSource, ...]:
+def list_slides(
+    given: Iterable[Path], *, mpp: float | None = None, with_tiles: bool = False
+) -> tuple[SlideSource, ...]:
     """Expand files, folders and CSV lists into slides.
 
     Args:
@@ -62,6 +65,7 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
             with a slide or show a result are left out; CSV files with a column `path` (relative to the CSV's folder)
             and, if there, `slide_id` and `mpp`.
         mpp: Resolution of level 0 in µm/px for slides that the CSV states none for.
+        with_tiles: Of a job's table leave out the slides that have none: those that failed, are empty or not done yet.
 
     Returns:
         The slides in the order given.
@@ -71,7 +75,7 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
             folder or list holds no slide, a list cannot be read, a slide_id cannot name a file, or two slides have one
             slide_id.
     """
-    sources = [source for path in given for source in _expand(Path(path), mpp)]
+    sources = [source for path in given for source in _expand(Path(path), mpp, with_tiles)]
     missing = [source.path for source in sources if not source.path.exists()]
     named_here = {Path(path) for path in given}
     if missing and (len(missing) == len(sources) or not named_here.isdisjoint(missing)):
@@ -91,11 +95,11 @@ def list_slides(given: Iterable[Path], *, mpp: float | None = None) -> tuple[Sli
     return tuple(sources)
 
 
-def _expand(path: Path, mpp: float | None) -> list[SlideSource]:
+def _expand(path: Path, mpp: float | None, with_tiles: bool) -> list[SlideSource]:
     if path.is_dir():
         return _from_folder(path, mpp)
     if path.suffix.lower() == _LIST_SUFFIX and path.is_file():
-        return list(_from_csv(path, mpp))
+        return list(_from_csv(path, mpp, with_tiles))
     return [SlideSource(path.stem, path, mpp)]
 
 
@@ -192,7 +196,7 @@ def _shows_a_result(path: Path, folder: Path) -> bool:
     return any(all((parent / name).exists() for name in names) for parent in inside for names in _RESULTS)
 
 
-def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
+def _from_csv(path: Path, mpp: float | None, with_tiles: bool) -> Iterator[SlideSource]:
     # -sig: spreadsheets begin a file with a byte order mark
     with _as_text(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -207,6 +211,14 @@ def _from_csv(path: Path, mpp: float | None) -> Iterator[SlideSource]:
         rows = [(reader.line_num, row) for row in reader]
     if not rows:
         raise SlideListError(f"slide list must hold at least one slide, got none ({path}).")
+    if with_tiles and tuple(columns) == JOB_COLUMNS:
+        without = Counter(row["status"] for _, row in rows if row["status"] != "done")
+        rows = [(line, row) for line, row in rows if row["status"] == "done"]
+        said = ", ".join(f"{count} {status}" for status, count in sorted(without.items()))
+        if not rows:
+            raise SlideListError(f"no slide of the job has tiles ({path}: {said}).")
+        if without:
+            logger.info("slides of %s without tiles are left out: %s", path, said)
     for line, row in rows:
         where = f"{path}, line {line}"
         if not (row["path"] or "").strip():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from acmil.preprocessing.ledger import Ledger, Row
 from acmil.preprocessing.slide_list import SlideListError, SlideSource, list_slides
 
 
@@ -159,3 +160,16 @@ def test_the_files_of_a_dicom_series_are_one_slide(shared_data, tmp_path):
     sources = list_slides([series])
     assert len(list(series.glob("*.dcm"))) > 1
     assert len(sources) == 1
+
+
+def test_of_the_table_of_a_job_only_slides_with_tiles_where_they_are_needed(tmp_path, caplog):
+    touch(tmp_path, "a.svs", "b.svs", "c.svs", "d.svs")
+    (tmp_path / "rows").mkdir()
+    ledger = Ledger(tmp_path / "slides.csv", rows=tmp_path / "rows")
+    for slide_id, status in (("a", "done"), ("b", "failed"), ("c", "empty"), ("d", "failed")):
+        ledger.set(Row(slide_id, f"{slide_id}.svs", status))
+    ledger.write()
+    caplog.set_level("INFO")
+    assert [slide.slide_id for slide in list_slides([tmp_path / "slides.csv"])] == ["a", "b", "c", "d"]
+    assert [slide.slide_id for slide in list_slides([tmp_path / "slides.csv"], with_tiles=True)] == ["a"]
+    assert "slides.csv without tiles are left out: 1 empty, 2 failed" in caplog.text
