@@ -1,7 +1,7 @@
-"""What the exploration notebook calls: one demo folder, one slide, one branch and one threshold at a time."""
+"""What the exploration notebook calls: one run, one slide, one branch and one threshold at a time."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,9 @@ from acmil.attention_maps import (
 )
 from acmil.figures import heatmap_figure, top_tiles_figure, umap_slide_figure
 from acmil.heatmaps import SlideAttention, branch_name, read_slide_attention
+from acmil.preprocessing.feature_file import SUFFIX
 from acmil.preprocessing.slide import Slide
+from acmil.preprocessing.slide_list import list_slides
 from acmil.preprocessing.tissue_outlines import Polygon, inside_outlines, read_outlines
 from acmil.runs import Run, load_run
 
@@ -36,17 +38,21 @@ class ExplorationError(ValueError):
 
 @dataclass
 class Exploration:
-    """The outputs of `acmil demo`, opened to look at.
+    """A trained model and slides, opened to look at.
 
     Attributes:
-        folder: The demo folder.
         run: The trained model.
         slides: Slide files by name, those the model never saw first.
+        features: Folder of their feature files.
+        umap_folder: What `acmil umap` left, None where it did not run.
+        outlines_folder: Outlines of lesions, `<slide_id>.geojson`, None where there are none.
     """
 
-    folder: Path
     run: Run
     slides: dict[str, Path]
+    features: Path
+    umap_folder: Path | None = None
+    outlines_folder: Path | None = None
     _views: dict[str, SlideAttention] = field(default_factory=dict, repr=False)
 
     @property
@@ -63,7 +69,12 @@ class Exploration:
     @cached_property
     def umap(self) -> pd.DataFrame:
         """The sampled tiles of the cohort with their place in the UMAP, as `acmil umap` wrote them."""
-        return pd.read_csv(self.folder / "umap" / "umap.csv", dtype={"slide_id": str})
+        if self.umap_folder is None or not (self.umap_folder / "umap.csv").is_file():
+            raise ExplorationError(
+                f"a UMAP needs what `acmil umap` leaves, got {self.umap_folder or 'no folder'}. Run it on the cohort, "
+                "and name its folder: open_run(..., umap=FOLDER)."
+            )
+        return pd.read_csv(self.umap_folder / "umap.csv", dtype={"slide_id": str})
 
     def predictions(self) -> pd.DataFrame:
         """What the model says of every slide, as training wrote it; those that training never saw come first."""
@@ -74,17 +85,17 @@ class Exploration:
         """One slide with its attention; read once, then remembered."""
         if slide_id not in self.slides:
             raise ExplorationError(
-                f"slide must be one of {len(self.slides)} in {self.folder}, got {slide_id!r}. See `slide_ids`."
+                f"slide must be one of the {len(self.slides)} that were opened, got {slide_id!r}. See `slide_ids`."
             )
         if slide_id not in self._views:
-            features = self.folder / "job" / "features"
-            self._views[slide_id] = read_slide_attention(self.run, self.slides[slide_id], features)
+            slide = self.slides[slide_id]
+            self._views[slide_id] = read_slide_attention(self.run, slide, self.features, slide_id=slide_id)
         return self._views[slide_id]
 
     def outlines(self, slide_id: str) -> tuple[Polygon, ...]:
         """Outlines of the slide's lesions in level-0 px; none for a slide without."""
-        path = self.folder / "lesions" / f"{slide_id}.geojson"
-        return read_outlines(path) if path.is_file() else ()
+        path = self.outlines_folder / f"{slide_id}.geojson" if self.outlines_folder else None
+        return read_outlines(path) if path is not None and path.is_file() else ()
 
     def map_figure(self, slide_id: str, *, branch: str = MEAN_BRANCH, threshold: float = 0.0) -> Figure:
         """The attention map; tiles below the threshold (a multiple of the uniform share) stay uncoloured."""
@@ -141,7 +152,7 @@ class Exploration:
             return [of_tile[x, y] for x, y in corners.tolist()]
         except KeyError as error:
             raise ExplorationError(
-                f"umap.csv must list tiles of the slide's features, got {error} of '{slide_id}' ({self.folder}). "
+                f"umap.csv must list tiles of the slide's features, got {error} of '{slide_id}' ({self.umap_folder}). "
                 "The features are newer: run `acmil umap` again."
             ) from error
 
@@ -179,9 +190,55 @@ def open_demo(folder: str | Path | None = None) -> Exploration:
         raise ExplorationError(
             f"{folder} is not a finished demo (it needs slides/*.tif and umap/umap.csv). Run `acmil demo`."
         )
-    run = load_run(folder / "run")
-    ordered = sorted(slides, key=lambda name: (_UNSEEN_FIRST.get(run.splits.get(name, ""), 0), name))
-    return Exploration(folder=folder, run=run, slides={name: slides[name] for name in ordered})
+    return open_run(
+        folder / "run",
+        slides=slides.values(),
+        features=folder / "job" / "features",
+        umap=folder / "umap",
+        outlines=folder / "lesions",
+    )
+
+
+def open_run(
+    run: str | Path,
+    *,
+    slides: str | Path | Iterable[str | Path],
+    features: str | Path,
+    umap: str | Path | None = None,
+    outlines: str | Path | None = None,
+) -> Exploration:
+    """Open a run of your own, and the slides to look at.
+
+    Args:
+        run: Run folder of `acmil train`.
+        slides: Slide files, folders of them, or a CSV with path and slide_id, such as the job's slides.csv. Those
+            without features are left out.
+        features: Folder of the feature files.
+        umap: Folder of `acmil umap`, for the UMAP.
+        outlines: Folder of outlines of lesions in level-0 px, `<slide_id>.geojson`, to draw and to count.
+
+    Raises:
+        ExplorationError: If none of the slides has features.
+        RunError: If there is no such run.
+        SlideListError: If slides are named that do not exist, or no slide is found.
+    """
+    opened, features = load_run(Path(run)), Path(features)
+    given = [Path(slides)] if isinstance(slides, str | Path) else [Path(slide) for slide in slides]
+    found = {slide.slide_id: slide.path for slide in list_slides(given, with_tiles=True)}
+    usable = {name: path for name, path in found.items() if (features / f"{name}{SUFFIX}").is_file()}
+    if not usable:
+        raise ExplorationError(
+            f"slides must have features in {features}, got none of the {len(found)} ({', '.join(list(found)[:3])}, …). "
+            "A file whose slide goes by another name is named in a CSV of path,slide_id."
+        )
+    ordered = sorted(usable, key=lambda name: (_UNSEEN_FIRST.get(opened.splits.get(name, ""), 0), name))
+    return Exploration(
+        run=opened,
+        slides={name: usable[name] for name in ordered},
+        features=features,
+        umap_folder=None if umap is None else Path(umap),
+        outlines_folder=None if outlines is None else Path(outlines),
+    )
 
 
 def _find_demo() -> Path:

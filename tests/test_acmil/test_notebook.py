@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from acmil import exploration
 from acmil.config import UmapConfig
-from acmil.exploration import ExplorationError, open_demo
+from acmil.exploration import ExplorationError, open_demo, open_run
 from acmil.preprocessing.encoders.torchvision_schemas import import_timm
 from acmil.preprocessing.feature_file import open_feature_file
 from acmil.projection import umap
@@ -107,6 +107,24 @@ def test_errors_name_the_folder_and_the_slide(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExplorationError, match="no demo folder"):
         open_demo()
+
+
+def test_a_run_of_ones_own_is_opened_with_slides_by_list_and_without_a_umap(small_demo, demo, tmp_path):
+    lines = ["path,slide_id"]
+    for number, slide_id in enumerate((*SLIDES, "s999")):
+        lines.append(f"{tmp_path}/scan_{number}.tif,{slide_id}")
+        shutil.copy(small_demo / "slides" / f"{SLIDES[number % 3]}.tif", tmp_path / f"scan_{number}.tif")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    features = small_demo / "job" / "features"
+    own = open_run(small_demo / "run", slides=str(tmp_path / "list.csv"), features=str(features))
+    assert own.slide_ids == demo.slide_ids  # s999 has no features
+    assert np.array_equal(own.view("s014").attention, demo.view("s014").attention)
+    assert own.map_figure("s014").axes
+    assert "attention on them" not in own.facts("s014")
+    with pytest.raises(ExplorationError, match=r"what `acmil umap` leaves, got no folder.*umap=FOLDER"):
+        own.umap_figure("s014")
+    with pytest.raises(ExplorationError, match=r"got none of the 4 \(s012, s014, s015, …\)"):
+        open_run(small_demo / "run", slides=[tmp_path / "list.csv"], features=tmp_path)
 
 
 def test_interact_shows_once_without_widgets(monkeypatch):
