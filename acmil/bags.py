@@ -7,6 +7,7 @@ A packed batch holds the bags one after the other, `features` (ΣN, D), with `of
 import difflib
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -278,23 +279,26 @@ def _feature_paths(feature_dir: Path, slide_ids: Sequence[str]) -> list[Path]:
     """The file of each slide; all of them are there."""
     if not feature_dir.is_dir():
         raise BagError(f"features must be a folder of {SUFFIX} files, found none ({feature_dir}).")
-    found = {path.name.removesuffix(SUFFIX) for path in feature_dir.iterdir() if path.name.endswith(SUFFIX)}
+    files = [path for path in feature_dir.iterdir() if path.name.endswith(SUFFIX)]
+    found = {path.name.removesuffix(SUFFIX): path for path in files}
+    found = {unicodedata.normalize("NFC", name): path for name, path in found.items()} | found  # as cohorts are read
     missing = [slide_id for slide_id in slide_ids if slide_id not in found]
     if missing:
-        raise BagError(_describe_missing(feature_dir, missing, found, len(slide_ids)))
-    return [feature_dir / f"{slide_id}{SUFFIX}" for slide_id in slide_ids]
+        raise BagError(_describe_missing(feature_dir, missing, set(found), slide_ids))
+    return [found[slide_id] for slide_id in slide_ids]
 
 
-def _describe_missing(feature_dir: Path, missing: Sequence[str], found: set[str], n_slides: int) -> str:
+def _describe_missing(feature_dir: Path, missing: Sequence[str], found: set[str], slide_ids: Sequence[str]) -> str:
     named = ", ".join(map(repr, missing[:_MAX_NAMED]))
     more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
     return (
-        f"every slide must have a feature file <slide_id>{SUFFIX}, {len(missing)} of {n_slides} have none: "
-        f"{named}{more} ({feature_dir}, which holds {len(found)}). {_mend_missing(feature_dir, missing, found)}"
+        f"every slide must have a feature file <slide_id>{SUFFIX}, {len(missing)} of {len(slide_ids)} have none: "
+        f"{named}{more} ({feature_dir}, which holds {len(found)}). "
+        f"{_mend_missing(feature_dir, missing, found, found.difference(slide_ids))}"
     )
 
 
-def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str]) -> str:
+def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str], not_asked_for: set[str]) -> str:
     suffixed = next((slide_id for slide_id in missing if PurePath(slide_id).stem in found), None)
     if suffixed is not None:
         return f"Write slide ids without the file ending: {PurePath(suffixed).stem!r}, not {suffixed!r}."
@@ -303,7 +307,7 @@ def _mend_missing(feature_dir: Path, missing: Sequence[str], found: set[str]) ->
     if not found and any(path.suffix in (".pt", ".npz") for path in feature_dir.iterdir()):
         return "It holds files of another tool: 'acmil features convert' makes them usable."
     for slide_id in missing[:_MAX_NAMED]:
-        if near := difflib.get_close_matches(slide_id, found, n=1, cutoff=0.75):
+        if near := difflib.get_close_matches(slide_id, not_asked_for, n=1, cutoff=0.75):
             return f"Is {slide_id!r} the slide whose features are {near[0] + SUFFIX!r}? Correct the id."
     return "Preprocess these slides, or drop them from the cohort."
 

@@ -1,6 +1,6 @@
 """Weights and training state on disk: written whole or not at all, read without running anyone's code."""
 
-import pickle
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 class WeightsError(ValueError):
     """Weights or a training state that cannot be read, or do not fit the model."""
+
+
+class UnreadableError(ValueError):
+    """A file that torch cannot read without running code."""
 
 
 def save_weights(path: Path | str, model: "nn.Module | MILModel") -> None:
@@ -98,6 +102,21 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), temporary)
 
 
+def load_plain(path: Path) -> Any:
+    """What `torch.save` wrote, of tensors and plain values alone, on the CPU.
+
+    Raises:
+        UnreadableError: If the file is damaged, or holds anything else; the reason is its cause.
+        OSError: If the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        content = io.BytesIO(file.read())
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch stumbles over in bytes that are no such file
+        raise UnreadableError(f"{error}") from error
+
+
 def load_state(path: Path | str) -> dict[str, Any]:
     """Read a training state onto the CPU.
 
@@ -107,8 +126,8 @@ def load_state(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = load_plain(path)
+    except UnreadableError as error:
         raise WeightsError(f"{path} is not a readable training state. Delete it to start the run afresh.") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{path} must hold a dict, got {type(state).__name__}. Delete it to start the run afresh.")

@@ -4,6 +4,7 @@ import csv
 import difflib
 import logging
 import math
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def read_cohort(path: Path, *, require_labels: bool = True) -> Cohort:
     _check_widths(records, len(header), path)
     lines = [line for line, _ in records]
     columns = {
-        name: [record[column_of[name]].strip() if name in column_of else "" for _, record in records]
+        name: [_one_form(record[column_of[name]]) if name in column_of else "" for _, record in records]
         for name in COLUMNS
     }
     _check_filled("slide_id", columns["slide_id"], lines, path)
@@ -115,6 +116,7 @@ def read_cohort(path: Path, *, require_labels: bool = True) -> Cohort:
     has_cases, has_splits = any(columns["case_id"]), any(columns["split"])
     if has_cases:
         _check_filled("case_id", columns["case_id"], lines, path, mend="Give it for every slide, or for none.")
+        _check_cases(columns["case_id"], lines, path)
     if has_splits:
         _check_splits_known(columns["split"], lines, path)
         _check_filled("split", columns["split"], lines, path, mend="Give it for every slide, or for none.")
@@ -223,6 +225,21 @@ def _check_slide_ids(slide_ids: Sequence[str], lines: Sequence[int], path: Path)
                 "Several slides of one patient share a case_id, not a slide_id."
             )
         first_line[slide_id] = line
+
+
+def _one_form(text: str) -> str:
+    """Text without space around it, an accented letter as one character (NFC), whichever system wrote it."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def _check_cases(cases: Sequence[str], lines: Sequence[int], path: Path) -> None:
+    """No case is called what programs write where there is no value: all such slides would be of one patient."""
+    for line, case_id in zip(lines, cases, strict=True):
+        if case_id.casefold() in _MISSING:
+            raise CohortError(
+                f"case_id must name a case, got {case_id!r} on line {line} ({path}). "
+                "Where the case is not known, write the slide_id there."
+            )
 
 
 def _check_labels(labels: Sequence[str], lines: Sequence[int], path: Path) -> None:

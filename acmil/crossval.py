@@ -20,7 +20,7 @@ from acmil.config import TrainConfig
 from acmil.crossval_summary import SlidePrediction, describe, summarise
 from acmil.engine import fit_jobs
 from acmil.json_file import write_json
-from acmil.metrics import METRICS, classification_metrics
+from acmil.metrics import METRICS, classification_metrics, few_cases
 from acmil.preprocessing.atomic import write_text
 from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import RunError
@@ -46,7 +46,9 @@ logger = logging.getLogger(__name__)
 FOLD_COLUMNS = ("slide_id", "case_id", "label", "fold")
 
 # Between a call and the one that goes on; cohort and features are compared by what they are.
-_MAY_DIFFER = {"cohort", "features", "out", "device", "precision", "engine", "n_seeds", "mpp_tolerance"}
+_MAY_DIFFER = {
+    *("cohort", "features", "out", "device", "precision", "engine", "n_seeds", "mpp_tolerance", "bootstrap_samples"),
+}
 
 
 class CrossvalSummary(NamedTuple):
@@ -80,6 +82,9 @@ def crossval(config: "CrossvalConfig", *, progress: "Progress | None" = None) ->
     """
     cohort, n_kept_out = _to_cross_validate(read_cohort(config.cohort))
     logger.info("%s", describe_classes(cohort))
+    too_few = few_cases([str(row.label) for row in cohort.rows], [row.case_id for row in cohort.rows])
+    if too_few is not None:
+        logger.warning("%s", too_few)
     fold_of = assign_folds(cohort, n_folds=config.n_folds, seed=config.split_seed)
     folds = [split_fold(cohort, fold_of, fold, config) for fold in range(config.n_folds)]
     bags = BagDataset(config.features, cohort.rows, classes=cohort.classes, mpp_tolerance=config.mpp_tolerance)
@@ -253,8 +258,8 @@ def _refuse_another(config: "CrossvalConfig", cohort: Cohort, fold_of: Mapping[s
     folds = config.out / "folds.csv"
     if folds.is_file() and folds.read_text(encoding="utf-8") != _fold_table(cohort, fold_of):
         raise RunError(
-            f"{config.out} holds a cross-validation of other slides, labels or cases than {cohort.path} has now, or of "
-            "the same in another order, in which bags are trained on. Give another --out."
+            f"{config.out} holds a cross-validation of other slides, labels or cases than {cohort.path} has now. "
+            "Give another --out."
         )
     refuse_other_features(config.out, description, bags)
 
@@ -276,7 +281,8 @@ def _write_inputs(
 
 
 def _fold_table(cohort: Cohort, fold_of: Mapping[str, int]) -> str:
-    return _table(FOLD_COLUMNS, ((row.slide_id, row.case_id, row.label, fold_of[row.case_id]) for row in cohort.rows))
+    lines = ((row.slide_id, row.case_id, str(row.label), fold_of[row.case_id]) for row in cohort.rows)
+    return _table(FOLD_COLUMNS, sorted(lines))
 
 
 def _write_summary(

@@ -49,8 +49,8 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
     labels = _labels(cohort, run)
     classes = run.classes if labels is not None else None
     bags = BagDataset(config.features, cohort.rows, classes=classes, mpp_tolerance=None)  # which the run looks at
-    for meta in bags.metas:
-        run.check_features(meta, force=config.force)
+    forced = run.check_features(bags.metas, force=config.force)
+    run.tell_of_unknown_encoders(bags.metas)
     _refuse_run_folder(config.out)
     make_output_folder(config.out)
     probabilities = predict_all(run, bags, progress=progress)  # (S, C)
@@ -69,6 +69,7 @@ def evaluate(config: "EvaluateConfig", *, progress: "Progress | None" = None) ->
         "n_slides": len(rows),
         "n_left_out": n_left_out,
         "n_cases": len(set(cases)),
+        **({} if forced is None else {"forced": forced}),
     }
     write_json(config.out / "metrics.json", {**description, "metrics": metrics})
     if (too_few := few_cases([str(row.label) for row in rows], cases)) is not None:

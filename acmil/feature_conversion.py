@@ -361,7 +361,8 @@ def _class_numbers(labels: Mapping[str, str | None], slide_ids: list[str]) -> di
         )
     chosen = {slide_id: str(labels[slide_id]) for slide_id in slide_ids}
     classes = sort_labels(set(chosen.values()))
-    if all(label.isdecimal() for label in classes):
+    if all(label.isdecimal() for label in classes) and (len(classes) == 1 or int(classes[0]) == 0):
         return {slide_id: int(label) for slide_id, label in chosen.items()}
-    logger.info("labels as numbers: %s", ", ".join(f"{label} = {index}" for index, label in enumerate(classes)))
+    numbers = ", ".join(f"{label} = {index}" for index, label in enumerate(classes))
+    logger.warning("labels as numbers from 0: %s", numbers)
     return {slide_id: classes.index(label) for slide_id, label in chosen.items()}

@@ -188,7 +188,7 @@ def read_slide_attention(
         )
     features = open_feature_file(feature_path)
     _check_located(features, needs_mpp=mpp_override is None)
-    run.check_features(features.meta, force=force)
+    run.check_features([features.meta], force=force)
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
         thumbnail = _thumbnail(slide, thumbnail_mpp)

@@ -184,8 +184,8 @@ def sample_cohort(
     import pandas as pd
 
     bags = BagDataset(config.features, cohort.rows, classes=None, mpp_tolerance=None)  # which the run looks at
-    for meta in bags.metas:
-        run.check_features(meta, force=config.force)
+    run.check_features(bags.metas, force=config.force)
+    run.tell_of_unknown_encoders(bags.metas)
     tables, features = [], []
     progress.begin("sampling tiles", len(bags))
     for index, (row, bag) in enumerate(zip(cohort.rows, bags, strict=True)):

@@ -4,7 +4,8 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 
 from acmil.bags import Bag, pack
 from acmil.checkpoint import load_weights
-from acmil.cohort import Cohort, CohortError, CohortRow
+from acmil.cohort import Cohort, CohortError, CohortRow, read_cohort
 from acmil.models import MILModel, MILOutput, create_model
 from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.feature_file import UNKNOWN_PX
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 _RESOLUTION_TOLERANCE = 0.02
 _USED = ("train", "val")  # splits
-_DESCRIPTION = ("model", "options", "classes", "encoder", "encoder_digest", "tile_px", "tile_mpp")  # of model.json
+_DESCRIPTION = (  # of model.json
+    "model", "options", "classes", "encoder", "encoder_digest", "tile_px", "tile_mpp", "n_slides"
+)  # fmt: skip
 
 
 class RunError(ValueError):
@@ -81,40 +84,53 @@ class Run:
             hidden=self.model.hidden(features).float().cpu().numpy(),
         )
 
-    def check_features(self, meta: "FeatureMeta", *, force: bool = False) -> None:
+    def check_features(self, metas: Iterable["FeatureMeta"], *, force: bool = False) -> str | None:
         """Refuse features of another encoder or resolution than the model was trained on.
 
         What is not known, as in converted files, agrees with any.
+
+        Returns:
+            What differs, if `force` let it pass.
 
         Raises:
             RunError: If encoder, its weights, tile size or resolution (by more than 2 % from those of the training
                 slides) differ and `force` is off.
         """
-        finest, coarsest = self.tile_mpp
-        trained_mpp = f"{finest:.4g}" if finest == coarsest else f"{finest:.4g} to {coarsest:.4g}"
-        in_range = finest / (1 + _RESOLUTION_TOLERANCE) <= meta.tile_mpp <= coarsest * (1 + _RESOLUTION_TOLERANCE)
-        differences = [
-            f"{name} {theirs!r}, trained on {ours!r}"
-            for name, theirs, ours, same in (
-                ("encoder", meta.encoder, self.encoder, _agree(meta.encoder, self.encoder)),
-                (
-                    "encoder weights",
-                    meta.encoder_digest[:12],
-                    self.encoder_digest[:12],
-                    _agree(meta.encoder_digest, self.encoder_digest),
-                ),
-                ("tile size in pixels", meta.tile_px, self.tile_px, _agree(meta.tile_px, self.tile_px)),
-            )
-            if not same
+        texts = [
+            f"features of slide '{meta.slide_id}' do not fit the model of {self.folder}: {'; '.join(differences)}."
+            for meta in metas
+            if (differences := list(self._differences(meta)))
         ]
-        if not in_range and not (math.isnan(meta.tile_mpp) or math.isnan(finest)):  # both are known
-            differences.append(f"µm per pixel {meta.tile_mpp:.4g}, trained on {trained_mpp}")
-        if not differences:
-            return
-        text = f"features of slide '{meta.slide_id}' do not fit the model of {self.folder}: {'; '.join(differences)}."
+        if not texts:
+            return None
         if not force:
-            raise RunError(f"{text} Embed the slide with the model's encoder, or go on with --force.")
-        logger.warning("%s Going on, as asked.", text)
+            raise RunError(f"{texts[0]} Embed the slide with the model's encoder, or go on with --force.")
+        forced = texts[0] if len(texts) == 1 else f"{texts[0]} So do those of {len(texts) - 1} more."
+        logger.warning("%s Going on, as asked.", forced)
+        return forced
+
+    def tell_of_unknown_encoders(self, metas: Sequence["FeatureMeta"]) -> None:
+        """Log where it cannot be checked that features are of the model's encoder."""
+        unknown = [meta.slide_id for meta in metas if not (meta.encoder and self.encoder)]
+        if unknown:
+            slides = f"of {len(unknown)} of {len(metas)} slides, first '{unknown[0]}',"
+            whose = slides if self.encoder else "of the model"
+            logger.warning("the encoder %s is not known: nothing checks that features and model are of one", whose)
+
+    def _differences(self, meta: "FeatureMeta") -> Iterator[str]:
+        """What sets features apart from those that the model was trained on."""
+        for name, theirs, ours in (
+            ("encoder", meta.encoder, self.encoder),
+            ("encoder weights", meta.encoder_digest[:12], self.encoder_digest[:12]),
+            ("tile size in pixels", meta.tile_px, self.tile_px),
+        ):
+            if not _agree(theirs, ours):
+                yield f"{name} {theirs!r}, trained on {ours!r}"
+        finest, coarsest = self.tile_mpp
+        in_range = finest / (1 + _RESOLUTION_TOLERANCE) <= meta.tile_mpp <= coarsest * (1 + _RESOLUTION_TOLERANCE)
+        if not in_range and not (math.isnan(meta.tile_mpp) or math.isnan(finest)):  # both are known
+            trained = f"{finest:.4g}" if finest == coarsest else f"{finest:.4g} to {coarsest:.4g}"
+            yield f"µm per pixel {meta.tile_mpp:.4g}, trained on {trained}"
 
     def select(self, cohort: Cohort, split: str) -> Cohort:
         """Choose the slides of a cohort by what this run did with their cases.
@@ -152,6 +168,9 @@ class Run:
                 )
         else:
             rows = [row for row in rows if row.split == split]
+            if split in _USED and rows:
+                how = "the model was trained on" if split == "train" else "chose the epoch"
+                logger.warning("these are the slides that %s: the figures flatter the model", how)
         if not rows:
             raise CohortError(
                 f"no slide of {cohort.path} is in '{split}' of {self.folder}. "
@@ -206,8 +225,7 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
     description = _read_description(folder / "model.json")
     model = create_model(description["model"], **description["options"])
     load_weights(folder / "model.safetensors", model)
-    with (folder / "splits.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read_splits(folder / "splits.csv", description["n_slides"])
     chosen = choose_device(device)
     return Run(
         folder=folder,
@@ -217,9 +235,9 @@ def load_run(folder: Path | str, *, device: str = "auto") -> Run:
         encoder_digest=description["encoder_digest"],
         tile_mpp=tuple(description["tile_mpp"] or (math.nan, math.nan)),
         tile_px=description["tile_px"],
-        splits={row["slide_id"]: row["split"] for row in rows},
-        case_splits={row["case_id"]: row["split"] for row in rows},
-        has_cases=any(row["case_id"] != row["slide_id"] for row in rows),
+        splits={row.slide_id: str(row.split) for row in rows},
+        case_splits={row.case_id: str(row.split) for row in rows},
+        has_cases=any(row.case_id != row.slide_id for row in rows),
         device=chosen,
     )
 
@@ -233,6 +251,21 @@ def _read_description(path: Path) -> dict[str, Any]:
     if missing:
         raise RunError(f"{path} must hold {', '.join(_DESCRIPTION)}, missing {', '.join(missing)}. Copy the run again.")
     return description
+
+
+def _read_splits(path: Path, n_slides: Mapping[str, int]) -> tuple[CohortRow, ...]:
+    """The slides of a run, all of them: one that is lost would be taken for one that the run has never seen."""
+    try:
+        cohort = read_cohort(path)
+    except CohortError as error:
+        raise RunError(f"{path} is damaged: {error} Copy the run again.") from error
+    found = Counter(row.split for row in cohort.rows)
+    if found != Counter(n_slides) or not cohort.has_cases:
+        raise RunError(
+            f"{path} must list the slides and cases that the run was trained on, {dict(n_slides)}, got {dict(found)}. "
+            "Copy the run again."
+        )
+    return cohort.rows
 
 
 def write_predictions(path: Path, rows: Sequence[CohortRow], probabilities: np.ndarray, classes: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ import csv
 import io
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,7 @@ from acmil.preprocessing.atomic import write_text
 from acmil.preprocessing.devices import choose_device
 from acmil.preprocessing.output_folder import make_output_folder
 from acmil.runs import RunError, load_run, write_predictions
-from acmil.selection import EpochRecord
+from acmil.selection import EpochRecord, Selection
 from acmil.splits import assign_splits, check_splits, write_splits
 from acmil.training import FitResult
 
@@ -40,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 10.0  # between two states of a run, as an epoch may take milliseconds
 
-_WHERE_ONLY = {"out", "device", "mpp_tolerance"}  # options that may differ between a run and its resumption
+# Options that may differ between a run and its resumption: no weight depends on them.
+_WHERE_ONLY = {"out", "device", "mpp_tolerance", "bootstrap_samples"}
 _BY_WHAT_IT_IS = {"cohort", "features", "precision", "engine"}  # and those compared by what they stand for
 
 
@@ -103,9 +105,10 @@ def train(config: "TrainConfig", *, progress: "Progress | None" = None) -> RunSu
     """
     cohort = _split_cohort(config)
     logger.info("%s", describe_classes(cohort))
-    test = [row for row in cohort.rows if row.split == "test"]
-    if (too_few := few_cases([str(row.label) for row in test], [row.case_id for row in test])) is not None:
-        logger.warning("test set: %s", too_few)
+    for split in ("val", "test"):
+        rows = [row for row in cohort.rows if row.split == split]
+        if (too_few := few_cases([str(row.label) for row in rows], [row.case_id for row in rows])) is not None:
+            logger.warning("%s set: %s", split, too_few)
     bags = BagDataset(config.features, cohort.rows, classes=cohort.classes, mpp_tolerance=config.mpp_tolerance)
     means = choose_means(config, n_features=bags.n_features, n_classes=len(cohort.classes))
 
@@ -168,11 +171,12 @@ def prepare_run(
     state = _resume(config, cohort, bags, means)
     in_force = {"device": str(means.device), "precision": means.precision, "engine": means.engine}
     _write_inputs(config, cohort, bags, in_force=in_force)
-    slides = {split: [row.slide_id for row in cohort.rows if row.split == split] for split in SPLITS}
+    # Sorted: what a run becomes does not depend on the order of the table.
+    slides = {split: sorted(row.slide_id for row in cohort.rows if row.split == split) for split in SPLITS}
     by_split = {split: bags.select(slide_ids) for split, slide_ids in slides.items() if slide_ids}
     model = build_model(config, in_features=bags.n_features, n_classes=len(cohort.classes))
-    n_epochs_done = len(state["history"]) if state else 0
-    history = _History(config.out, n_epochs_done=n_epochs_done)
+    done = Selection.from_state(state).history if state else []
+    history = _History(config.out, done=done)
 
     def record_epoch(record: EpochRecord) -> None:
         history.add(record)
@@ -194,7 +198,7 @@ def prepare_run(
         state=state,
         checkpoint=_Checkpoint(config.out / "state.pt", epochs=config.epochs),
     )
-    return PreparedRun(config, cohort, by_split, bags.origin, model, job, n_epochs_done, history)
+    return PreparedRun(config, cohort, by_split, bags.origin, model, job, len(done), history)
 
 
 def finish_run(run: PreparedRun, result: FitResult) -> RunSummary:
@@ -237,12 +241,12 @@ def build_model(config: "TrainConfig", *, in_features: int, n_classes: int) -> M
 
 
 class _History:
-    """history.csv and TensorBoard events, one row an epoch, kept whole when a run is resumed."""
+    """history.csv and TensorBoard events, one row an epoch; `done` are those of the state that a run goes on from."""
 
-    def __init__(self, folder: Path, *, n_epochs_done: int) -> None:
-        self._folder, self._keep = folder, n_epochs_done
+    def __init__(self, folder: Path, *, done: Sequence[EpochRecord]) -> None:
+        self._folder, self._n_done = folder, len(done)
         self._events: SummaryWriter | None = None  # made with the first epoch: many runs may wait for their turn
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = [record.as_row() for record in done]
 
     def add(self, record: EpochRecord) -> None:
         if self._events is None:
@@ -265,11 +269,7 @@ class _History:
     def _begin(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        path = self._folder / "history.csv"
-        if self._keep and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self._rows = list(csv.DictReader(file))[: self._keep]
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._keep)
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._n_done)
 
 
 class _Checkpoint:
@@ -311,9 +311,11 @@ def _refuse_another_run(config: "TrainConfig", cohort: Cohort, bags: BagDataset)
         raise RunError(
             f"{config.out} holds a run of other options ({'; '.join(changed)}). Give another --out, or delete it."
         )
-    if (config.out / "splits.csv").is_file() and read_cohort(config.out / "splits.csv").rows != cohort.rows:
+    splits = config.out / "splits.csv"
+    if splits.is_file() and set(read_cohort(splits).rows) != set(cohort.rows):
         raise RunError(
-            f"{config.out} holds a run on other slides or splits than {cohort.path} has now. Give another --out."
+            f"{config.out} holds a run on other slides, labels, cases or splits than {cohort.path} has now. "
+            "Give another --out."
         )
     refuse_other_features(config.out, description, bags)
 
@@ -392,6 +394,7 @@ def _write_results(run: PreparedRun, result: FitResult) -> dict[str, Any]:
         "classes": list(cohort.classes),
         "selected_epoch": result.best_epoch,
         **{name: origin[name] for name in ("encoder", "encoder_digest", "tile_px", "tile_mpp")},
+        "n_slides": dict(Counter(row.split for row in cohort.rows)),  # of splits.csv, which says what was trained on
     }
     write_json(config.out / "model.json", description)
     trained = load_run(config.out, device=config.device)

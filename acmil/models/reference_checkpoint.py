@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmil.checkpoint import WeightsError, check_weights
+from acmil.checkpoint import UnreadableError, WeightsError, check_weights, load_plain
 from acmil.models.acmil_gated import ACMILGated
 
 _NAMES = {
@@ -66,10 +66,10 @@ def load_reference_checkpoint(path: Path | str) -> tuple[ACMILGated, dict[str, A
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict of the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_refusal(path, str(error))) from error
-    except (RuntimeError, EOFError) as error:
+        content = load_plain(path)
+    except UnreadableError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise WeightsError(_refusal(path, str(error))) from error
         raise WeightsError(f"{path} is not a readable PyTorch checkpoint ({error}). Copy it again.") from error
     weights = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):

@@ -200,6 +200,18 @@ def test_features_that_go_together(tmp_path: Path, written: dict, changes: dict)
     assert len(BagDataset(tmp_path, [row("007"), row("like")], classes=None)) == 2
 
 
+def test_a_file_name_of_another_system_is_found(tmp_path: Path, written: dict) -> None:
+    write_bag(tmp_path, "Me\u0301tastase", np.ones((2, 4), dtype=np.float32))  # as macOS writes it
+    assert len(BagDataset(tmp_path, [row("007"), row("M\u00e9tastase")], classes=None)) == 2
+
+
+def test_a_slide_of_the_cohort_is_not_taken_for_the_one_that_is_missing(tmp_path: Path, written: dict) -> None:
+    with pytest.raises(BagError, match=r"Preprocess these slides, or drop them"):
+        BagDataset(tmp_path, [row("007"), row("0077")], classes=None)
+    with pytest.raises(BagError, match=r"Is '0077' the slide whose features are '007\.h5'"):
+        BagDataset(tmp_path, [row("0077")], classes=None)
+
+
 def test_damaged_file_is_refused_when_the_data_set_is_made(tmp_path: Path, written: dict) -> None:
     path = tmp_path / "s2.h5"
     path.write_bytes(path.read_bytes()[:-40])

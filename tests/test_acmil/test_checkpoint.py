@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acmil.checkpoint import WeightsError, load_state, load_weights, save_state, save_weights
-from acmil.models import create_model
+from acmil.models import create_model, load_reference_checkpoint
 
 
 def build(**options):
@@ -92,3 +92,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_state(path, {"a": 2})
     assert load_state(path) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk text", bytes(range(256)) * 4, b"half"])
+def test_whatever_is_no_state_is_one_error(tmp_path, content):
+    path = tmp_path / "state.pt"
+    save_state(path, {"a": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == b"half" else content)
+    with pytest.raises(WeightsError, match=r"state\.pt is not a readable training state"):
+        load_state(path)
+    with pytest.raises(WeightsError, match=r"state\.pt.*Copy it again"):
+        load_reference_checkpoint(path)

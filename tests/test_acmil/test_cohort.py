@@ -153,3 +153,16 @@ def test_a_column_of_patients_is_told_of(tmp_path: Path, caplog: pytest.LogCaptu
 def test_labels_that_would_be_classes_by_mistake(tmp_path: Path, labels: list[str], said: str) -> None:
     rows = "".join(f"s{number},{label}\n" for number, label in enumerate(labels))
     assert said in refusal(tmp_path, "slide_id,label\n" + rows)
+
+
+@pytest.mark.parametrize("word", ["nan", "NA", "<NA>"])
+def test_cases_that_are_not_known_are_not_one_case(tmp_path: Path, word: str) -> None:
+    said = refusal(tmp_path, f"slide_id,label,case_id\ns1,a,p1\ns2,b,{word}\ns3,b,{word}\n")
+    assert f"case_id must name a case, got {word!r} on line 3" in said
+
+
+def test_letters_written_in_two_ways_are_the_same(tmp_path: Path) -> None:
+    composed, taken_apart = "M\u00e9tastase", "Me\u0301tastase"
+    cohort = read_cohort(write(tmp_path, f"slide_id,label\ns1,{composed}\n{taken_apart},{taken_apart}\n"))
+    assert cohort.classes == (composed,)
+    assert cohort.rows[1].slide_id == composed

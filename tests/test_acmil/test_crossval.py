@@ -323,6 +323,17 @@ def test_a_folder_of_other_options_slides_or_kind_is_refused(finished, bare_coho
         load_run(finished)
 
 
+def test_the_pooled_interval_can_be_made_anew_and_the_rows_turned(finished, bare_cohort, tmp_path, caplog):
+    shutil.copytree(finished, tmp_path / "out")
+    header, *lines = bare_cohort.csv.read_text().splitlines()
+    (tmp_path / "turned.csv").write_text("\n".join([header, *reversed(lines)]) + "\n")
+    turned = bare_cohort._replace(csv=tmp_path / "turned.csv")
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    crossval(options(turned, tmp_path / "out", bootstrap_samples=300))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")} == weights
+    assert "intervals are too narrow to be believed" in caplog.text
+
+
 def test_fewer_seeds_than_there_are_are_told_of(finished, bare_cohort, tmp_path, caplog):
     out = shutil.copytree(finished, tmp_path / "out")
     crossval(options(bare_cohort, out))

@@ -157,6 +157,31 @@ def test_features_of_another_encoder_or_resolution_are_refused_unless_forced(tra
     ):
         evaluate(options(trained_run, other, tmp_path / "out"))
     assert evaluate(options(trained_run, other, tmp_path / "out", force=True)).n_slides == 8
+    forced = json.loads((tmp_path / "out" / "metrics.json").read_text())["forced"]
+    assert "encoder 'another', trained on 'synthetic'" in forced
+    assert "So do those of 7 more." in forced
+
+
+def test_what_cannot_be_checked_is_told(trained_run, other_cohort, tmp_path, caplog):
+    unknown = other_cohort(tmp_path, encoder="")
+    evaluate(options(trained_run, unknown, tmp_path / "out"))
+    assert "the encoder of 8 of 8 slides, first 's012', is not known: nothing checks" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_figures_of_slides_that_made_the_model_are_called_so(trained_run, feature_cohort, tmp_path, split, caplog):
+    evaluate(options(trained_run, feature_cohort, tmp_path / "out", split=split))
+    assert "the figures flatter the model" in caplog.text
+
+
+def test_a_run_that_lost_slides_of_its_splits_is_refused(trained_run, feature_cohort, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    splits = tmp_path / "run" / "splits.csv"
+    lines = splits.read_text().splitlines(keepends=True)
+    for text in ("".join(lines[:20]), lines[0], "", "".join(lines).replace("case_id", "cas_id", 1)):
+        splits.write_text(text)
+        with pytest.raises(RunError, match=r"splits\.csv (must list the slides and cases|is damaged).*Copy the run again"):
+            evaluate(options(tmp_path / "run", feature_cohort, tmp_path / "out"))
 
 
 def test_slides_of_several_scanners_are_trained_on_when_it_is_stated(other_cohort, tmp_path, caplog):

@@ -384,7 +384,7 @@ def test_maps_of_tiles_that_lie_nowhere_known_are_refused(trained_run, feature_c
     converted(feature_cohort.features, tmp_path / "clam", to="clam")
     bare = converted(tmp_path / "clam" / "pt_files", tmp_path / "bare").where
     run = load_run(trained_run)
-    run.check_features(open_feature_file(bare / "s000.h5").meta)  # what is not known agrees with any
+    run.check_features([open_feature_file(bare / "s000.h5").meta])  # what is not known agrees with any
     (tmp_path / "s000.svs").touch()
     with pytest.raises(HeatmapError, match=r"not known: coords, tile_level0_px, .*level0_mpp .*s000\.h5"):
         read_slide_attention(run, tmp_path / "s000.svs", bare)

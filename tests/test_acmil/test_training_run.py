@@ -145,6 +145,37 @@ def test_an_interrupted_run_resumes_to_the_same_end(feature_cohort, tmp_path, mo
     assert without_time(tmp_path / "cut" / "history.csv") == without_time(tmp_path / "whole" / "history.csv")
 
 
+def test_the_order_of_the_table_does_not_matter(feature_cohort, tmp_path):
+    header, *lines = feature_cohort.csv.read_text().splitlines()
+    (tmp_path / "turned.csv").write_text("\n".join([header, *reversed(lines)]) + "\n")
+    turned = feature_cohort._replace(csv=tmp_path / "turned.csv")
+    train(options(feature_cohort, tmp_path / "a"))
+    train(options(turned, tmp_path / "b"))
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    train(options(turned, tmp_path / "a"))  # the same run
+
+
+def test_the_history_of_a_resumed_run_is_that_of_its_state(feature_cohort, tmp_path, monkeypatch):
+    """A kill between the two leaves a state with an epoch more than the table."""
+    monkeypatch.setattr("acmil.training_run.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Interruption):
+        train(options(feature_cohort, tmp_path, epochs=5), progress=InterruptAfter(3))
+    n_done = len(load_state(tmp_path / "state.pt")["history"])
+    lines = (tmp_path / "history.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "history.csv").write_text("".join(lines[:n_done]))  # the header and all epochs but one
+    train(options(feature_cohort, tmp_path, epochs=5))
+    assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == ["0", "1", "2", "3", "4"]
+
+
+def test_more_bootstrap_samples_need_no_training(feature_cohort, tmp_path):
+    kept = ("history.csv", "model.safetensors", "predictions.csv")
+    train(options(feature_cohort, tmp_path, bootstrap_samples=100))
+    before = [(tmp_path / name).read_bytes() for name in kept]
+    train(options(feature_cohort, tmp_path, bootstrap_samples=400))
+    assert [(tmp_path / name).read_bytes() for name in kept] == before
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["options"]["bootstrap_samples"] == 400
+
+
 def test_a_folder_of_other_options_is_refused_with_the_differences(trained_run, feature_cohort):
     with pytest.raises(RunError, match="epochs: 40 → 3"):
         train(options(feature_cohort, trained_run, learning_rate=1e-3))
@@ -199,7 +230,7 @@ def test_a_cohort_that_changed_under_the_run_is_refused(feature_cohort, tmp_path
     changed = feature_cohort._replace(csv=table)
     train(options(changed, tmp_path / "run", epochs=1))
     table.write_text(table.read_text().replace("s000,normal,c000,train\n", ""))
-    with pytest.raises(RunError, match="other slides or splits"):
+    with pytest.raises(RunError, match="other slides, labels, cases or splits"):
         train(options(changed, tmp_path / "run", epochs=1))
 
 
