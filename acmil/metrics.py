@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 METRICS = ("auroc", "f1_macro", "f1_micro", "accuracy", "balanced_accuracy", "loss")
 
 TITLES = {"auroc": "AUROC", "f1_macro": "macro F1", "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy"}
+_WITHIN_CLASSES = ("auroc", "balanced_accuracy")  # figures that need a case of each class, whatever the classes' shares
 FEW_CASES = 10  # of a class: with fewer a bootstrap interval is too narrow to be believed
 _SAMPLES_AT_ONCE = 256  # bounds the memory of the bootstrap: this many weights a slide
 
@@ -101,10 +102,11 @@ def bootstrap_by_case(
     """Compute percentile bootstrap intervals of the figures of merit, resampling cases.
 
     Slides of one patient are not independent, so whole cases are drawn, with replacement, each time as many as there
-    are. They are drawn within groups of cases which have the same labels, so that every sample has the classes of the
-    cohort and AUROC is defined; the interval is thus for the cohort's own class shares. The interval runs between the
-    (1 - level)/2 and (1 + level)/2 quantiles of the samples' figures. With a handful of cases in a class it is too
-    narrow (`few_cases` says so), and with one case in a group that case is in every sample.
+    are. For AUROC and balanced accuracy, which do not depend on the shares of the classes, they are drawn within groups
+    of cases which have the same labels, so that every sample has the classes of the cohort and both are defined. The
+    other figures do depend on the shares, which another cohort would have others of: for them cases are drawn from all.
+    The interval runs between the (1 - level)/2 and (1 + level)/2 quantiles of the samples' figures. With a handful of
+    cases in a class it is too narrow (`few_cases` says so), and with one case in a group that case is in every sample.
 
     Args:
         labels: (S,) integers in [0, C).
@@ -131,12 +133,16 @@ def bootstrap_by_case(
         raise ValueError(f"samples must be >= 1 and level in (0, 1), got {samples} and {level}.")
     case_of_slide = np.unique(cases, return_inverse=True)[1].reshape(-1)  # (S,)
     groups = _groups_of_cases(labels, case_of_slide)
+    everyone = [np.arange(case_of_slide.max() + 1)]
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     for start in range(0, samples, _SAMPLES_AT_ONCE):
-        counts = _draw_cases(groups, min(_SAMPLES_AT_ONCE, samples - start), generator)  # (R, cases)
-        for name, values in _weighted_metrics(labels, probabilities, counts[:, case_of_slide]).items():
-            drawn[name].append(values)
+        n_draws = min(_SAMPLES_AT_ONCE, samples - start)
+        within, free = (_draw_cases(some, n_draws, generator)[:, case_of_slide] for some in (groups, everyone))  # (R, S)
+        of_shares = _weighted_metrics(labels, probabilities, free)
+        of_classes = _weighted_metrics(labels, probabilities, within)
+        for name in METRICS:
+            drawn[name].append((of_classes if name in _WITHIN_CLASSES else of_shares)[name])
     quantiles = ((1 - level) / 2, (1 + level) / 2)
     return {name: _interval(np.concatenate(values), quantiles) for name, values in drawn.items()}
 

@@ -151,11 +151,14 @@ def slow_bootstrap(labels: np.ndarray, probabilities: np.ndarray, cases: np.ndar
     for case in np.unique(cases):
         groups.setdefault(tuple(np.unique(labels[cases == case])), []).append(case)
     values: dict[str, list] = {name: [] for name in METRICS}
-    for _ in range(samples):
-        drawn = np.concatenate([generator.choice(members, size=len(members)) for members in groups.values()])
-        rows = np.concatenate([np.flatnonzero(cases == case) for case in drawn])
-        for name, value in of_sklearn(labels[rows], probabilities[rows]).items():
-            values[name].append(value)
+    within_classes = {"auroc", "balanced_accuracy"}
+    for of_groups, names in ((list(groups.values()), within_classes), ([list(np.unique(cases))], set(METRICS))):
+        for _ in range(samples):
+            drawn = np.concatenate([generator.choice(members, size=len(members)) for members in of_groups])
+            rows = np.concatenate([np.flatnonzero(cases == case) for case in drawn])
+            for name, value in of_sklearn(labels[rows], probabilities[rows]).items():
+                if name in names - (within_classes if len(of_groups) == 1 else set()):
+                    values[name].append(value)
     return values
 
 
@@ -254,3 +257,11 @@ def test_metrics_with_intervals_and_their_description() -> None:
     line = describe_metrics(found)
     assert line.startswith(f"AUROC {plain['auroc']:.3f} [{intervals['auroc'][0]:.3f}, ")
     assert f"macro F1 {plain['f1_macro']:.3f}" in line
+
+
+def test_the_interval_of_the_accuracy_of_one_answer_for_all_is_that_of_the_share_of_its_class() -> None:
+    """Drawn within classes every sample would have the same accuracy: an interval without width."""
+    labels = np.repeat([0, 1], [40, 20])
+    low, high = bootstrap_by_case(labels, np.tile([0.9, 0.1], (60, 1)), np.arange(60), samples=4000)["accuracy"]
+    assert low == pytest.approx(2 / 3 - 1.96 * (2 / 9 / 60) ** 0.5, abs=0.03)
+    assert high == pytest.approx(2 / 3 + 1.96 * (2 / 9 / 60) ** 0.5, abs=0.03)
