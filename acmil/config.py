@@ -76,6 +76,14 @@ class _Training(_Options):
     )
 
     @model_validator(mode="after")
+    def _options_are_of_the_model(self) -> Self:
+        for name, model in (("attention_features", "acmil_ga"), ("n_heads", "acmil_mha"), ("dropout", "acmil_mha")):
+            value = getattr(self, name)
+            if self.model != model and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is an option of {model} and does nothing for {self.model}, got {value}.")
+        return self
+
+    @model_validator(mode="after")
     def _rates_rise_and_then_fall(self) -> Self:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs {self.epochs}, got {self.warmup_epochs:g}.")

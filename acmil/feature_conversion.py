@@ -138,12 +138,11 @@ def _slides(
     stated = Geometry(**{item.name: getattr(config, item.name, None) for item in fields(Geometry)})
     for path in files:
         for stored in read_any(path):
-            geometry = stored.geometry
+            geometry, where = stored.geometry, str(path)
             if source := sources.get(stored.slide_id):
-                geometry = geometry.completed(
-                    _slide_geometry(source, config.level0_mpp), where=f"{path}, {source.path}"
-                )
-            geometry = geometry.completed(stated, where=str(path))
+                where = f"{path}, {source.path}"
+                geometry = geometry.completed(_slide_geometry(source), where=where)
+            geometry = geometry.completed(stated, where=where)
             if stored.encoder and config.encoder not in (None, stored.encoder):
                 raise FormatError(
                     f"encoder must be what the file says, {stored.encoder!r}, got {config.encoder!r} ({path}). "
@@ -158,11 +157,11 @@ def _slides(
             yield _Slide(stored, geometry, coords, stored.encoder or config.encoder or "")
 
 
-def _slide_geometry(source: "SlideSource", mpp: float | None) -> Geometry:
+def _slide_geometry(source: "SlideSource") -> Geometry:
     """What the slide itself states; its resolution stays open where it states none or an absurd one."""
     from acmil.preprocessing.slide import Slide, SlideError
 
-    with Slide.open(source.path, mpp=mpp) as slide:
+    with Slide.open(source.path) as slide:
         try:
             level0_mpp = slide.mpp
         except SlideError as error:

@@ -20,6 +20,7 @@ from acmil.attention_maps import (
 from acmil.bags import Bag
 from acmil.overlay import ColourScale, percentile_scale, relative_scale
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
+from acmil.preprocessing.geometry import RESOLUTION_TOLERANCE
 from acmil.preprocessing.job_tissue import tissue_of_job
 from acmil.preprocessing.output_folder import output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
@@ -38,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 LARGEST_THUMBNAIL_PX = 4000  # longer side; keeps the memory of one figure under about 1 GB
 DEFAULT_THUMBNAIL_PX = 1500
+_USED = {  # by the split that a slide had in the run
+    "train": " The model was trained on this slide.",
+    "val": " This slide helped to choose the model's epoch.",
+}
 _PNG_DPI = (110, 400)
 
 
@@ -191,6 +196,12 @@ def read_slide_attention(
     run.check_features([features.meta], force=force)
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
+        if slide.file_mpp and abs(slide.mpp / slide.file_mpp - 1) > RESOLUTION_TOLERANCE:
+            logger.warning(
+                "slide '%s' says that level 0 has %.4g µm/px, its map is drawn with %.4g, as stated: so are the scale "
+                "bar and what counts as tissue",
+                *(name, slide.file_mpp, slide.mpp),
+            )
         thumbnail = _thumbnail(slide, thumbnail_mpp)
         tissue = tissue_of_job(slide, feature_dir.parent)
     bag = Bag(name, features.features(), features.coords(), label=None, case_id=name)
@@ -279,7 +290,8 @@ def _write_maps(config: "HeatmapConfig", run: Run, source: SlideSource) -> Path:
         opacity=config.opacity,
         outlines=[polygon.rings for polygon in _outlines_of(config.outlines, slide.slide_id)],
         outline_label=config.outline_label,
-        note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles.",
+        note=f"Shown: {branch_name(config.branch, len(slide.attention))}, {scores.size:,} tiles."
+        + _USED.get(run.splits.get(slide.slide_id, ""), ""),
     )
     table = slide.table(config.branch)
     table.to_csv(config.out / f"{slide.slide_id}.csv", index=False)

@@ -138,7 +138,8 @@ def bootstrap_by_case(
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     for start in range(0, samples, _SAMPLES_AT_ONCE):
         n_draws = min(_SAMPLES_AT_ONCE, samples - start)
-        within, free = (_draw_cases(some, n_draws, generator)[:, case_of_slide] for some in (groups, everyone))  # (R, S)
+        # (R, S) each
+        within, free = (_draw_cases(some, n_draws, generator)[:, case_of_slide] for some in (groups, everyone))
         of_shares = _weighted_metrics(labels, probabilities, free)
         of_classes = _weighted_metrics(labels, probabilities, within)
         for name in METRICS:

@@ -159,8 +159,8 @@ def umap(config: "UmapConfig", *, progress: Progress | None = None) -> Path:
             labels=table["label"].fillna("no label").tolist() if labelled else None,
             branches=table["branch"].to_numpy() if table["branch"].nunique() > 1 else None,
             title=f"UMAP of the {_SPACES[config.space]} tile features, {config.split} slides",
-            note=f"Of each slide's sample {TOP_SHARE:.0%} are its most attended tiles, the others were drawn at "
-            "random.",
+            note=f"Of each slide up to {config.tiles_per_slide} tiles: {TOP_SHARE:.0%} of them its most attended, the "
+            "others drawn at random; all of a slide that has fewer.",
         )
         figure.savefig(config.out / "umap.png", dpi=130)
     return config.out / "umap.png"

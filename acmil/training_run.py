@@ -43,6 +43,7 @@ CHECKPOINT_SECONDS = 10.0  # between two states of a run, as an epoch may take m
 
 # Options that may differ between a run and its resumption: no weight depends on them.
 _WHERE_ONLY = {"out", "device", "mpp_tolerance", "bootstrap_samples"}
+_OF_DRAWN_SPLITS = ("val_fraction", "test_fraction", "split_seed")
 _BY_WHAT_IT_IS = {"cohort", "features", "precision", "engine"}  # and those compared by what they stand for
 
 
@@ -291,6 +292,10 @@ def _split_cohort(config: "TrainConfig") -> Cohort:
         cohort = assign_splits(
             cohort, val_fraction=config.val_fraction, test_fraction=config.test_fraction, seed=config.split_seed
         )
+    else:
+        stated = [name for name in _OF_DRAWN_SPLITS if getattr(config, name) != type(config).model_fields[name].default]
+        if stated:
+            logger.warning("%s has a split column: %s not used", cohort.path, " and ".join(stated))
     check_splits(cohort)
     return cohort
 

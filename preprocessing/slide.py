@@ -165,6 +165,11 @@ class Slide:
             )
         return sum(stated) / len(stated)
 
+    @property
+    def file_mpp(self) -> float | None:
+        """What the file itself states of level 0 in µm/px, along x; None where it states nothing."""
+        return self._reader.facts.mpp_x
+
     def thumbnail(self, mpp: float) -> Thumbnail:
         """A picture of the whole slide at `mpp` µm/px, or at level 0's own pitch where that is coarser."""
         return self._thumbnail(max(1.0, mpp / self.mpp))

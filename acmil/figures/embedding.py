@@ -9,10 +9,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from acmil.figures.style import caption, category_colours, new_figure, plain
+from acmil.figures.style import CATEGORY_COLOURS, caption, category_colours, new_figure, plain
 from acmil.overlay import ColourScale, relative_scale
 
-LEGEND_LIMIT = 12
+LEGEND_LIMIT = len(CATEGORY_COLOURS)  # beyond it two names would have one colour
 _PANEL_IN = 4.4
 _FACE = "#F2F2F2"
 _ATTENTION_FACE = "#BFBFBF"  # dark enough for the pale middle of the attention colours

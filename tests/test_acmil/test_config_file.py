@@ -36,6 +36,8 @@ def test_misspelt_key_names_file_and_nearest_key(tmp_path):
         ("- epochs\n", r"options.yaml must hold one mapping"),
         ("epochs: [\n", r"options.yaml is not valid YAML"),
         ("device: tpu\n", r"device .*got 'tpu'"),
+        ("n_heads: 3\n", r"^n_heads is an option of acmil_mha and does nothing for acmil_ga, got 3 \(.*yaml\)\.$"),
+        ("model: acmil_mha\nattention_features: 7\n", r"^attention_features is an option of acmil_ga"),
         ("epochs: 3\nwarmup_epochs: 3\n", r"^warmup_epochs must be less than epochs 3, got 3 \(.*options.yaml\)\.$"),
         (
             "min_learning_rate: 0.001\n",

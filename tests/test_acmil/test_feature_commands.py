@@ -220,6 +220,8 @@ def test_a_trident_file_with_the_slide(tmp_path):
         tmp_path / "slides" / "a.tif", np.full((900, 300, 3), 240, np.uint8), tile=(256, 256), photometric="rgb",
         resolution=(4e4, 4e4), resolutionunit="CENTIMETER",
     )  # fmt: skip
+    with pytest.raises(FormatError, match=r"level0_mpp must be what the file says, 0\.25, got 0\.5 .*a\.tif"):
+        converted(tmp_path / "in", tmp_path / "out", slides=tmp_path / "slides", level0_mpp=0.5)
     assert converted(tmp_path / "in", tmp_path / "out", slides=tmp_path / "slides").unknown == {}
     file = open_feature_file(tmp_path / "out" / "features" / "a.h5")
     meta = file.meta

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from acmil.config import HeatmapConfig
@@ -127,6 +128,30 @@ def test_size_of_the_thumbnail(trained_run, feature_cohort, slides):
     assert max(at_level0.thumbnail.shape[:2]) <= 4001
     coarse = read_slide_attention(run, slides["s014"], feature_cohort.features, thumbnail_mpp=8.0)
     assert coarse.downsample == pytest.approx(16.0)
+
+
+def test_a_map_of_a_slide_that_made_the_model_says_so(config, slides, trained_run, monkeypatch):
+    notes = []
+    monkeypatch.setattr("acmil.figures.heatmap_figure", lambda *_, note, **__: notes.append(note) or Figure())
+    heatmaps(config(list(slides.values())))
+    splits = load_run(trained_run, device="cpu").splits
+    assert {splits[name] for name in slides} == {"train", "test"}
+    for name, note in zip(slides, notes, strict=True):
+        assert ("The model was trained on this slide." in note) == (splits[name] == "train")
+        assert ("helped to choose the model's epoch" in note) == (splits[name] == "val")
+
+
+def test_a_resolution_that_is_not_the_slides_own_is_told_of(trained_run, feature_cohort, tmp_path, caplog):
+    run = load_run(trained_run, device="cpu")
+    path = _write_slide(tmp_path / "slides", feature_cohort.features, "s014")
+    image = tifffile.imread(path)
+    for per_cm, warned in ((2e4, False), (4e4, True)):  # 0.5 µm/px, as the features say, and 0.25
+        tifffile.imwrite(
+            path, image, tile=(256, 256), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
+        )
+        caplog.clear()
+        read_slide_attention(run, path, feature_cohort.features)
+        assert ("'s014' says that level 0 has 0.25 µm/px, its map is drawn with 0.5" in caplog.text) == warned
 
 
 def test_features_of_another_resolution_need_force(trained_run, other_cohort, tmp_path):

@@ -277,3 +277,8 @@ def test_abmil_is_one_branch_without_masking(feature_cohort, tmp_path):
     train(options(feature_cohort, tmp_path / "run", n_branches=1, mask_top_k=0))
     for row in read_csv(tmp_path / "run" / "history.csv"):
         assert float(row["train_loss"]) == pytest.approx(float(row["train_loss_bag"]), rel=1e-6)
+
+
+def test_options_of_drawn_splits_are_told_of_where_there_are_splits(feature_cohort, tmp_path, caplog):
+    train(options(feature_cohort, tmp_path, epochs=1, val_fraction=0.3))
+    assert "has a split column: val_fraction not used" in caplog.text
