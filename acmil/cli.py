@@ -117,9 +117,11 @@ def _command(
 
 
 def _announce(result: Any, *, quiet: bool) -> int:
-    """Print a command's summary line(s); a summary that counts failures sets the exit status."""
-    if not quiet:
-        print("\n".join(map(str, result)) if isinstance(result, list) else result)
+    """Print a command's summary line(s), or, quiet, what it found wrong; a count of failures sets the exit status."""
+    text = "\n".join(map(str, result)) if isinstance(result, list) else str(result)
+    shown = getattr(result, "failures", "") if quiet else text
+    if shown:
+        print(shown)
     return FAILED if getattr(result, "failed", 0) else DONE
 
 

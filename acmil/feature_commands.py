@@ -11,7 +11,7 @@ import numpy as np
 from acmil import bag_archive
 from acmil.cohort import read_cohort
 from acmil.preprocessing.feature_file import FeatureFileError
-from acmil.preprocessing.formats import ACMIL, SUFFIXES, FormatError, StoredFeatures, read_slides
+from acmil.preprocessing.formats import ACMIL, SUFFIXES, FormatError, Geometry, StoredFeatures, read_slides
 from acmil.preprocessing.progress import SilentProgress
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class VerifyReport:
     def failed(self) -> int:
         """Number of slides with a problem."""
         return sum(bool(check.problems) for check in self.checks)
+
+    @property
+    def failures(self) -> str:
+        """The lines of the slides with a problem, which are shown even when little is."""
+        return "\n".join(str(check) for check in self.checks if check.problems)
 
     def __str__(self) -> str:
         count = f"{self.failed} of {len(self.checks)} wrong" if self.failed else f"all {len(self.checks)} ok"
@@ -184,13 +189,14 @@ def verify(config: "FeaturesVerifyConfig", *, progress: "Progress | None" = None
         try:
             for slide in read_any(path, check_values=True):
                 slides.append((len(checks), replace(slide, coords=None)))  # coordinates need not be kept
-                checks.append(FileCheck(_name(slide), (*_check_slide(slide), *_check_places(slide))))
+                problems = (*_check_slide(slide), *_check_places(slide), *_check_sizes(slide))
+                checks.append(FileCheck(_name(slide), problems))
                 found.add(slide.slide_id)
         except (FormatError, FeatureFileError) as error:
             checks.append(FileCheck(path.name, (str(error),)))
             found.add(path.stem)
-    for place, problems in _disagreements(slides, encoder=config.encoder, mpp_tolerance=config.mpp_tolerance):
-        checks[place] = FileCheck(checks[place].name, (*checks[place].problems, *problems))
+    for place, differences in _disagreements(slides, encoder=config.encoder, mpp_tolerance=config.mpp_tolerance):
+        checks[place] = FileCheck(checks[place].name, (*checks[place].problems, *differences))
     if cohort is not None:
         missing = [row.slide_id for row in cohort.rows if row.slide_id not in found]
         checks += [FileCheck(name, (f"no features, it is in {cohort.path}.",)) for name in missing]
@@ -211,6 +217,14 @@ def _check_slide(slide: StoredFeatures) -> tuple[str, ...]:
     except FormatError as error:
         return (str(error),)
     return ()
+
+
+def _check_sizes(slide: StoredFeatures) -> Iterator[str]:
+    """What is wrong with the sizes that the file states, as the tiles' resolution follows from the others."""
+    try:
+        slide.geometry.completed(Geometry(), where="")
+    except FormatError as error:
+        yield str(error).removesuffix(" Leave it out: it follows from the others.")
 
 
 def _check_places(slide: StoredFeatures) -> Iterator[str]:

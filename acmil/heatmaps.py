@@ -20,7 +20,6 @@ from acmil.attention_maps import (
 from acmil.bags import Bag
 from acmil.overlay import ColourScale, percentile_scale, relative_scale
 from acmil.preprocessing.feature_file import SUFFIX, FeatureFile, FeatureMeta, open_feature_file
-from acmil.preprocessing.geometry import RESOLUTION_TOLERANCE
 from acmil.preprocessing.job_tissue import tissue_of_job
 from acmil.preprocessing.output_folder import output_folder
 from acmil.preprocessing.progress import Progress, SilentProgress
@@ -196,7 +195,7 @@ def read_slide_attention(
     run.check_features([features.meta], force=force)
     with Slide.open(slide_path, mpp=mpp_override or features.meta.level0_mpp) as slide:
         _check_size(slide, features.meta, feature_path)
-        if slide.file_mpp and abs(slide.mpp / slide.file_mpp - 1) > RESOLUTION_TOLERANCE:
+        if slide.is_restated:
             logger.warning(
                 "slide '%s' says that level 0 has %.4g µm/px, its map is drawn with %.4g, as stated: so are the scale "
                 "bar and what counts as tissue",

@@ -105,7 +105,8 @@ def write_embedded(path: Path, embedded: EmbeddedSlide, *, encoder: Encoder, pre
     """
     prepared, numbers = embedded.prepared, embedded.numbers
     slide, grid = prepared.slide, prepared.grid
-    magnification = slide.magnification
+    # One that goes with another pixel pitch than the one in force says nothing.
+    magnification = None if slide.is_restated else slide.magnification
     meta = FeatureMeta(
         slide_id=prepared.source.slide_id,
         encoder=encoder.name,

@@ -285,7 +285,7 @@ class JobRun:
         status: Status = "done" if n_tiles else "empty"
         logger.info("%s: %s, %d tiles, %.1f s", slide_id, status, n_tiles, seconds)
         tissue = prepared.tissue
-        alarms = tissue.alarms if n_tiles else (*tissue.alarms, _why_empty(prepared))
+        alarms = (*prepared.slide.resolution_alarms, *tissue.alarms, *(() if n_tiles else (_why_empty(prepared),)))
         for alarm in alarms:
             logger.warning("%s: %s", slide_id, alarm)
         if tissue.ink_fraction:

@@ -30,6 +30,9 @@ class Thumbnail:
     downsample: float
 
 
+_MOST_UM = 18.0  # objective times µm/px, some 10 for what scanners make
+
+
 class SlideAddress(NamedTuple):
     """What another process opens a slide by; see `Slide.open`."""
 
@@ -164,6 +167,24 @@ class Slide:
                 "Resample the slide, or state one pitch with --mpp-override."
             )
         return sum(stated) / len(stated)
+
+    @property
+    def resolution_alarms(self) -> tuple[str, ...]:
+        """What someone should look at before trusting the pixel pitch, one sentence each."""
+        alarms = []
+        if self.is_restated:
+            alarms.append(f"level 0 is stated to have {self.mpp:.4g} µm/px, the slide says {self.file_mpp:.4g}")
+        elif self.magnification is not None and self.magnification * self.mpp > _MOST_UM:
+            alarms.append(
+                f"an objective of {self.magnification:g}x and {self.mpp:.4g} µm/px do not go together: one of them is "
+                "wrong, or the slide was made smaller"
+            )
+        return tuple(alarms)
+
+    @property
+    def is_restated(self) -> bool:
+        """Whether the user stated a pixel pitch that is not what the file says."""
+        return self.file_mpp is not None and abs(self.mpp / self.file_mpp - 1) > RESOLUTION_TOLERANCE
 
     @property
     def file_mpp(self) -> float | None:

@@ -31,6 +31,7 @@ _RESULTS = (
 )
 _LIST_SUFFIX = ".csv"
 _DICOM_SUFFIX = ".dcm"
+_OF_SYSTEMS = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}  # folders of disks, without slides
 _MAX_NAMED = 5  # more slides than this are counted, not listed
 _MOST_BYTES = 160  # of a name: files named after it, and hidden ones while they are written, have 255
 _COLUMNS = ("path", "slide_id", "mpp")
@@ -121,7 +122,15 @@ def _files_below(folder: Path) -> list[Path]:
     """All files, sorted, also of folders that are links; each folder once."""
     seen: set[Path] = set()
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise SlideListError(
+            f"all folders inside {folder} must be readable, as slides may lie in them: {error.strerror} "
+            f"({error.filename}). Make it readable, or name the folders that are."
+        ) from error
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if name not in _OF_SYSTEMS]
         real = Path(parent).resolve()
         if real in seen:
             folders.clear()  # a link to a folder that was searched already
@@ -200,7 +209,7 @@ def _from_csv(path: Path, mpp: float | None, with_tiles: bool) -> Iterator[Slide
     # -sig: spreadsheets begin a file with a byte order mark
     with _as_text(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
+        reader.fieldnames = columns = [_column_name(name) for name in reader.fieldnames or []]
         if "path" not in columns:
             raise SlideListError(
                 f"slide list must have a column 'path', got {', '.join(columns) or 'nothing'} ({path})."
@@ -219,17 +228,30 @@ def _from_csv(path: Path, mpp: float | None, with_tiles: bool) -> Iterator[Slide
             raise SlideListError(f"no slide of the job has tiles ({path}: {said}).")
         if without:
             logger.info("slides of %s without tiles are left out: %s", path, said)
+    is_job = tuple(columns) == JOB_COLUMNS
     for line, row in rows:
         where = f"{path}, line {line}"
+        if None in row or None in row.values():
+            raise SlideListError(
+                f"slide list must have {len(columns)} fields in every row, as its header has, found others ({where}). "
+                "Put quotes round values that hold a comma."
+            )
         if not (row["path"] or "").strip():
             raise SlideListError(f"slide list must have a path in every row, found none ({where}).")
         slide = path.parent / row["path"].strip()  # an absolute path stays as it is
-        stated = (row.get("mpp") or "").strip()
+        # Of a job's table only what was stated to the job: the rest is what the slides say themselves, rounded.
+        stated = "" if is_job and row["mpp_given"] != "true" else (row.get("mpp") or "").strip()
         yield SlideSource(
             slide_id=(row.get("slide_id") or "").strip() or slide.stem,
             path=slide,
             mpp=_number(stated, where) if stated else mpp,
         )
+
+
+def _column_name(name: str) -> str:
+    """A column as it is called here, however a spreadsheet writes it; a name that is none of ours stays as it is."""
+    simple = name.strip().lower().replace(" ", "_")
+    return simple if simple in _COLUMNS else name
 
 
 @contextmanager
@@ -255,9 +277,11 @@ def _check_slide_id(source: SlideSource) -> None:
         raise SlideListError(f"slide_id must be fit for a file name, got {slide_id!r} ({source.path}).")
     try:
         n_bytes = len(slide_id.encode())
-    except UnicodeEncodeError:
+        str(source.path.parent).encode()
+    except UnicodeEncodeError as error:
+        what = "file" if error.object == slide_id else "folder"
         raise SlideListError(
-            f"slide_id must be text, got {slide_id!r} of {str(source.path)!a}. Rename the file to UTF-8."
+            f"slide_id and path must be text, got {str(source.path)!a}. Rename the {what} to UTF-8."
         ) from None
     if n_bytes > _MOST_BYTES:
         raise SlideListError(

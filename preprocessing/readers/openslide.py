@@ -1,6 +1,7 @@
 """The OpenSlide reader (https://openslide.org), through its Python binding."""
 
 import math
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,9 @@ class OpenSlideReader:
         try:
             return openslide.OpenSlide(self._path)
         except openslide.OpenSlideUnsupportedFormatError as error:
+            if self._path.is_dir() or not os.access(self._path, os.R_OK):
+                why = "is a folder" if self._path.is_dir() else "permission denied"
+                raise SlideError(f"slide '{self._slide_id}': cannot read {self._path}: {why}.") from error
             raise SlideError(
                 f"slide '{self._slide_id}': not a slide format that OpenSlide reads: {self._path}. "
                 "Check that the file is whole, or convert it to a pyramidal TIFF."

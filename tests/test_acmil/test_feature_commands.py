@@ -143,6 +143,15 @@ def test_verify_finds_tiles_that_lie_nowhere_or_on_one_another(tmp_path):
     assert found["c.h5"] == "coords must differ from tile to tile, got 1 where another tile is."
 
 
+def test_verify_finds_sizes_that_contradict_each_other(other_cohort, tmp_path):
+    cohort = other_cohort(tmp_path, n_slides=2)
+    with h5py.File(cohort.features / "s001.h5", "r+") as file:
+        file.attrs["level0_mpp"] = 0.25
+    found = problems(cohort.features)
+    assert not found["s000.h5"]
+    assert "tile_mpp must be tile_level0_px * level0_mpp / tile_px, 224 * 0.25 / 224 = 0.25" in found["s001.h5"]
+
+
 def test_verify_of_our_own_files(feature_cohort, other_cohort, tmp_path):
     assert set(problems(feature_cohort.features, cohort=feature_cohort.csv).values()) == {""}
     mixed = other_cohort(tmp_path / "mixed", n_slides=4)

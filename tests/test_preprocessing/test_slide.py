@@ -308,3 +308,11 @@ def test_public_names_are_lazy():
     assert {"find_tissue", "tile_grid", "create_encoder", "preprocess"} <= set(dir(acmil.preprocessing))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = acmil.preprocessing.nothing
+
+
+def test_an_objective_that_does_not_go_with_the_resolution_is_an_alarm(tmp_path, write_slide, monkeypatch):
+    path = write_slide(tmp_path / "a.tiff", np.full((300, 300, 3), 240, np.uint8), mpp=0.5)
+    for objective, said in ((20.0, False), (40.0, True)):
+        monkeypatch.setattr(Slide, "magnification", objective)
+        with Slide.open(path) as slide:
+            assert ("an objective of 40x and 0.5 µm/px do not go together" in " ".join(slide.resolution_alarms)) == said

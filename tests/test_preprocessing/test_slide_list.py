@@ -173,3 +173,47 @@ def test_of_the_table_of_a_job_only_slides_with_tiles_where_they_are_needed(tmp_
     assert [slide.slide_id for slide in list_slides([tmp_path / "slides.csv"])] == ["a", "b", "c", "d"]
     assert [slide.slide_id for slide in list_slides([tmp_path / "slides.csv"], with_tiles=True)] == ["a"]
     assert "slides.csv without tiles are left out: 1 empty, 2 failed" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
+    plain = os.walk
+
+    def walk(top, **options):
+        options["onerror"](PermissionError(13, "Permission denied", str(folder / "deep")))
+        return plain(top, **options)
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(SlideListError, match=r"must be readable.*Permission denied \(.*deep\)"):
+        list_slides([folder])
+
+
+@pytest.mark.parametrize("header", ["path, slide_id, mpp", "Path,Slide_ID,MPP", "path,slide id,Mpp"])
+def test_columns_are_found_however_a_spreadsheet_writes_them(folder, header):
+    (folder / "list.csv").write_text(f"{header}\na.TIFF,A,0.25\n")
+    assert list_slides([folder / "list.csv"]) == (SlideSource("A", folder / "a.TIFF", 0.25),)
+
+
+@pytest.mark.parametrize("line", ["a.TIFF,A,1,05", "a.TIFF,A"])
+def test_a_row_of_another_width_than_the_header_is_refused(folder, line):
+    (folder / "list.csv").write_text(f"path,slide_id,mpp\n{line}\n")
+    with pytest.raises(SlideListError, match=r"must have 3 fields in every row.*line 2.*Put quotes"):
+        list_slides([folder / "list.csv"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
+def test_a_folder_whose_name_is_not_text_is_told_of(folder):
+    strange = Path(os.fsdecode(os.fsencode(folder) + b"/lat\xe9n"))
+    strange.mkdir()
+    (strange / "z.svs").touch()
+    with pytest.raises(SlideListError, match=r"path must be text.*Rename the folder to UTF-8"):
+        list_slides([folder])
+
+
+def test_of_the_table_of_a_job_only_stated_resolutions_are_stated_again(tmp_path):
+    touch(tmp_path, "a.svs", "b.svs")
+    (tmp_path / "rows").mkdir()
+    ledger = Ledger(tmp_path / "slides.csv", rows=tmp_path / "rows")
+    ledger.set(Row("a", "a.svs", "done", mpp=0.25, mpp_given=False))
+    ledger.set(Row("b", "b.svs", "done", mpp=0.5, mpp_given=True))
+    ledger.write()
+    assert [slide.mpp for slide in list_slides([tmp_path / "slides.csv"])] == [None, 0.5]

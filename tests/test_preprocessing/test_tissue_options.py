@@ -118,3 +118,13 @@ def test_a_folder_of_outlines_that_cannot_be_used_stops_the_job(configured, tmp_
     with pytest.raises(JobError, match="must not be the job's own folder"):
         preprocess(configured(slide, tissue_from=tmp_path / "job" / "tissue"))
     assert (tmp_path / "job/tissue/a.geojson").exists()
+
+
+def test_a_resolution_that_contradicts_the_slide_is_an_alarm(configured, tmp_path, write_slide):
+    picture = np.full((384, 512, 3), 240, np.uint8)
+    cv2.circle(picture, (256, 192), 120, (150, 60, 120), -1)
+    slide = write_slide(tmp_path / "a.tiff", picture, mpp=0.5)
+    preprocess(configured(slide, mpp_override=0.25))
+    assert rows(tmp_path / "job")["a"]["alarms"].startswith("level 0 is stated to have 0.25 µm/px, the slide says 0.5")
+    preprocess(configured(slide, mpp_override=0.5, out=tmp_path / "same"))
+    assert rows(tmp_path / "same")["a"]["alarms"] == ""
