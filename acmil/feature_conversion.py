@@ -16,7 +16,7 @@ import numpy as np
 from acmil.cohort import read_cohort, sort_labels
 from acmil.feature_commands import check_finite, feature_files, read_any
 from acmil.preprocessing.atomic import write_text
-from acmil.preprocessing.feature_file import SUFFIX, UNKNOWN_PX, FeatureMeta, write_feature_file
+from acmil.preprocessing.feature_file import SUFFIX, UNKNOWN_PX, FeatureFileError, FeatureMeta, write_feature_file
 from acmil.preprocessing.formats import (
     ACMIL,
     FormatError,
@@ -51,6 +51,10 @@ _NEEDS = {
 _FROM_SLIDES = {"level0_mpp", "level0_width", "level0_height"}
 
 
+class _OntoItselfError(FormatError):
+    """A file that would be written over the one that is read."""
+
+
 class ConversionSummary(NamedTuple):
     """What `acmil features convert` leaves."""
 
@@ -60,9 +64,12 @@ class ConversionSummary(NamedTuple):
     n_tiles: int
     cohort: Path | None
     unknown: Mapping[str, int]  # what is not known -> of how many slides
+    failed: int  # slides that are not among them
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.n_slides} slides, {self.n_tiles} tiles, as {self.target}"]
+        if self.failed:
+            lines[0] += f"; {self.failed} slides were not converted, the log says why"
         if self.cohort:
             lines.append(f"{self.cohort}: the labels")
         if self.unknown:
@@ -113,14 +120,15 @@ def convert(config: "FeaturesConvertConfig", *, progress: "Progress | None" = No
             progress.advance(note=slide.stored.slide_id)
 
     make_output_folder(config.out)
-    cohort = None
+    cohort, failed = None, set[str]()
     if config.to == acmil_reference.NAME:
         where = _write_reference(config.out, told(), labels, list(n_tiles))
     else:
         cohort = _write_cohort(config.out / COHORT_FILE, labels) if labels else None
-        where = _write_each(config, told())
+        where, failed = _write_each(config, told())
+        n_tiles = {slide_id: n for slide_id, n in n_tiles.items() if slide_id not in failed}
     progress.end()
-    return ConversionSummary(config.to, where, len(n_tiles), sum(n_tiles.values()), cohort, unknown)
+    return ConversionSummary(config.to, where, len(n_tiles), sum(n_tiles.values()), cohort, unknown, len(failed))
 
 
 def _slide_sources(folder: Path | None) -> "dict[str, SlideSource]":
@@ -251,20 +259,40 @@ def _write_cohort(path: Path, labels: Mapping[str, str | None]) -> Path:
     return path
 
 
-def _write_each(config: "FeaturesConvertConfig", slides: Iterator[_Slide]) -> Path:
-    """Write one file a slide into the folders that the target's own tool makes; return the last one's."""
-    folder = config.out
+def _write_each(config: "FeaturesConvertConfig", slides: Iterator[_Slide]) -> tuple[Path, set[str]]:
+    """Write one file a slide into the folders that the target's own tool makes, whose last it returns.
+
+    A slide whose features are damaged costs the others nothing: the log tells of it, and its name is returned.
+
+    Raises:
+        FormatError: If no slide at all can be converted, or one would be written over itself.
+    """
+    folder, n_written, failed = config.out, 0, set[str]()
+    last: Exception | None = None
     for slide in slides:
-        encoder = slide.encoder.replace("/", "_") or "unknown"
-        if config.to == ACMIL:
-            folder = _write_acmil(config.out / "features", slide)
-        elif config.to == trident.NAME:
-            folder = _write_one(config.out / f"{trident.FOLDER_PREFIX}{encoder}", slide, trident.write_trident)
-        elif config.to == stamp.NAME:
-            folder = _write_one(config.out / encoder, slide, stamp.write_stamp)
-        else:
-            folder = _write_clam(config.out, slide)
-    return folder
+        try:
+            folder = _write_slide(config, slide)
+            n_written += 1
+        except _OntoItselfError:
+            raise
+        except (FormatError, FeatureFileError) as error:
+            logger.error("%s: %s", slide.stored.slide_id, error)
+            failed.add(slide.stored.slide_id)
+            last = error
+    if last is not None and not n_written:
+        raise FormatError(f"no slide could be converted, the last: {last}") from last
+    return folder, failed
+
+
+def _write_slide(config: "FeaturesConvertConfig", slide: _Slide) -> Path:
+    encoder = slide.encoder.replace("/", "_") or "unknown"
+    if config.to == ACMIL:
+        return _write_acmil(config.out / "features", slide)
+    if config.to == trident.NAME:
+        return _write_one(config.out / f"{trident.FOLDER_PREFIX}{encoder}", slide, trident.write_trident)
+    if config.to == stamp.NAME:
+        return _write_one(config.out / encoder, slide, stamp.write_stamp)
+    return _write_clam(config.out, slide)
 
 
 def _file_in(folder: Path, slide: _Slide, suffix: str = SUFFIX) -> Path:
@@ -272,7 +300,7 @@ def _file_in(folder: Path, slide: _Slide, suffix: str = SUFFIX) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slide.stored.slide_id}{suffix}"
     if path.exists() and path.samefile(slide.stored.path):
-        raise FormatError(f"a file cannot be converted onto itself ({path}). Give another --out.")
+        raise _OntoItselfError(f"a file cannot be converted onto itself ({path}). Give another --out.")
     return path
 
 

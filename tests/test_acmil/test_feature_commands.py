@@ -399,3 +399,16 @@ def test_maps_of_tiles_that_lie_nowhere_known_are_refused(trained_run, feature_c
     (tmp_path / "s000.svs").touch()
     with pytest.raises(HeatmapError, match=r"not known: coords, tile_level0_px, .*level0_mpp .*s000\.h5"):
         read_slide_attention(run, tmp_path / "s000.svs", bare)
+
+
+def test_damaged_features_cost_the_other_slides_nothing(other_cohort, tmp_path, caplog):
+    cohort = other_cohort(tmp_path / "in", n_slides=4)
+    convert(FeaturesConvertConfig(path=cohort.features, out=tmp_path / "clam", to="clam"))
+    with h5py.File(tmp_path / "clam" / "h5_files" / "s001.h5", "r+") as file:
+        file["features"][0, 0] = np.nan
+    summary = converted(tmp_path / "clam" / "h5_files", tmp_path / "out", without_geometry=True)
+    assert (summary.n_slides, summary.failed) == (3, 1)
+    assert "1 slides were not converted, the log says why" in str(summary)
+    assert "s001: " in caplog.text
+    assert "NaN or infinity in tile 0" in caplog.text
+    assert sorted(path.stem for path in (tmp_path / "out" / "features").iterdir()) == ["s000", "s002", "s003"]
