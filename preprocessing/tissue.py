@@ -30,6 +30,7 @@ DARK_THUMBNAIL = 60
 
 LEAST_TISSUE, MOST_TISSUE = 0.01, 0.95  # Shares of the slide outside which someone should look.
 MOST_REMOVED = 1 / 3
+FULLEST_SHAPE, LEAST_RECTANGLE_UM2 = 0.97, 1e6  # of its upright rectangle; 1 mm²
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def find_tissue(
         *_preset_alarms(preset, is_dark=is_dark),
         *_removal_alarms(ink=ink_removed, specks=_share(~large, of=closed), holes=_share(~large, of=mask)),
         *_fraction_alarms(fraction),
+        *_rectangle_alarms(mask, pitch_um=pitch_um),
     )
     return Tissue(
         mask=mask,
@@ -258,6 +260,18 @@ def _removal_alarms(*, ink: float, specks: float, holes: float) -> tuple[str, ..
         (holes, "{:.0%} of the tissue is filled holes"),
     )
     return tuple(text.format(share) for share, text in shares if share > MOST_REMOVED)
+
+
+def _rectangle_alarms(mask: np.ndarray, *, pitch_um: float) -> tuple[str, ...]:
+    """Tell of pieces that fill a rectangle, as no tissue does: tinted glass where only a part was scanned."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    widths, heights, areas = (stats[1:, column] for column in (cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT, cv2.CC_STAT_AREA))
+    is_whole = (widths == mask.shape[1]) & (heights == mask.shape[0])  # a picture cut out of tissue
+    is_large = areas * pitch_um**2 > LEAST_RECTANGLE_UM2
+    count = int((is_large & ~is_whole & (areas > FULLEST_SHAPE * widths * heights)).sum())
+    if not count:
+        return ()
+    return (f"{count} of the pieces of tissue fill a rectangle: look at the preview, they may be tinted glass",)
 
 
 def _fraction_alarms(fraction: float) -> tuple[str, ...]:

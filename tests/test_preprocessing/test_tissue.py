@@ -183,3 +183,15 @@ def test_thumbnail_is_read_at_the_stated_pitch():
 
     find_tissue(SimpleNamespace(thumbnail=thumbnail, mpp=0.5, bounds=Rectangle(0, 0, 80, 80)), mpp=4.0)
     assert asked == [4.0]
+
+
+def test_tinted_glass_of_a_part_that_was_scanned_is_an_alarm(make_memory_slide, make_tissue_picture):
+    picture = make_tissue_picture(8000, 6000, ellipses=[(3000, 3000, 1000, 800)])
+    plain = find(picture, make_memory_slide)
+    assert not [alarm for alarm in plain.alarms if "rectangle" in alarm]
+    tinted = np.full((6000, 8000, 3), 255, np.uint8)
+    tinted[1000:5000, 1000:6000] = (240, 232, 205)
+    is_tissue = np.ptp(picture.astype(int), axis=2) > 40
+    tinted[is_tissue] = picture[is_tissue]
+    (alarm,) = [alarm for alarm in find(tinted, make_memory_slide).alarms if "rectangle" in alarm]
+    assert alarm == "1 of the pieces of tissue fill a rectangle: look at the preview, they may be tinted glass"
