@@ -105,7 +105,7 @@ class Run:
             return None
         if not force:
             raise RunError(f"{texts[0]} Embed the slide with the model's encoder, or go on with --force.")
-        forced = texts[0] if len(texts) == 1 else f"{texts[0]} So do those of {len(texts) - 1} more."
+        forced = texts[0] if len(texts) == 1 else f"{texts[0]} Nor do those of {len(texts) - 1} more slides."
         logger.warning("%s Going on, as asked.", forced)
         return forced
 

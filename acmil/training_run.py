@@ -203,7 +203,8 @@ def prepare_run(
 
 
 def finish_run(run: PreparedRun, result: FitResult) -> RunSummary:
-    """Write what training left: weights, predictions, metrics."""
+    """Write what training left: history, weights, predictions, metrics."""
+    run.history.write()
     run.history.close()
     metrics = _write_results(run, result)
     seconds = sum(record.seconds for record in result.history)
@@ -257,8 +258,12 @@ class _History:
         for name, value in row.items():
             if name != "epoch":
                 self._events.add_scalar(name, value, record.epoch)
+        self.write()
+
+    def write(self) -> None:
+        """Write the table of all epochs, those of the state among them: a kill may have come between the two."""
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(row))
+        writer = csv.DictWriter(table, fieldnames=list(self._rows[0]))
         writer.writeheader()
         writer.writerows(self._rows)
         write_text(self._folder / "history.csv", table.getvalue())

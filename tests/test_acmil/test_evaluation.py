@@ -159,7 +159,7 @@ def test_features_of_another_encoder_or_resolution_are_refused_unless_forced(tra
     assert evaluate(options(trained_run, other, tmp_path / "out", force=True)).n_slides == 8
     forced = json.loads((tmp_path / "out" / "metrics.json").read_text())["forced"]
     assert "encoder 'another', trained on 'synthetic'" in forced
-    assert "So do those of 7 more." in forced
+    assert "Nor do those of 7 more slides." in forced
 
 
 def test_what_cannot_be_checked_is_told(trained_run, other_cohort, tmp_path, caplog):

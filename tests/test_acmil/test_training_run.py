@@ -164,7 +164,13 @@ def test_the_history_of_a_resumed_run_is_that_of_its_state(feature_cohort, tmp_p
     lines = (tmp_path / "history.csv").read_text().splitlines(keepends=True)
     (tmp_path / "history.csv").write_text("".join(lines[:n_done]))  # the header and all epochs but one
     train(options(feature_cohort, tmp_path, epochs=5))
+    whole = (tmp_path / "history.csv").read_text()
     assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == ["0", "1", "2", "3", "4"]
+    # The same behind the last epoch, which nothing is trained after.
+    (tmp_path / "history.csv").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    (tmp_path / "metrics.json").unlink()
+    train(options(feature_cohort, tmp_path, epochs=5))
+    assert (tmp_path / "history.csv").read_text() == whole
 
 
 def test_more_bootstrap_samples_need_no_training(feature_cohort, tmp_path):

@@ -200,7 +200,7 @@ def test_a_row_of_another_width_than_the_header_is_refused(folder, line):
         list_slides([folder / "list.csv"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose file names are bytes")
 def test_a_folder_whose_name_is_not_text_is_told_of(folder):
     strange = Path(os.fsdecode(os.fsencode(folder) + b"/lat\xe9n"))
     strange.mkdir()
