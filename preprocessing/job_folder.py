@@ -32,7 +32,7 @@ _PACKAGES = (
     *("openslide-python", "openslide-bin", "simplejpeg", "pillow", "cucim-cu12", "cucim-cu13"),
 )
 _JPEG_QUALITY = 85
-MPP_TOLERANCE = 1e-5  # relative; the table keeps six digits
+MPP_ROUNDING = 1e-5  # relative; the table keeps six digits
 _MPP_MEND = " mpp_override is for every slide; for single ones, list them in a CSV with a column mpp."
 
 
@@ -245,7 +245,7 @@ def _digest(numbers: Mapping[str, Any]) -> str:
 
 def _agrees(stated_mpp: float | None, mpp: float | None) -> bool:
     """Whether a result at `mpp` is still what the user asks for, who may state none."""
-    return stated_mpp is None or (mpp is not None and abs(mpp - stated_mpp) <= MPP_TOLERANCE * stated_mpp)
+    return stated_mpp is None or (mpp is not None and abs(mpp - stated_mpp) <= MPP_ROUNDING * stated_mpp)
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,7 @@ from acmil.preprocessing.config import PreprocessConfig
 from acmil.preprocessing.embedding import EmbeddedSlide, embed, write_embedded
 from acmil.preprocessing.encoders import Encoder
 from acmil.preprocessing.feature_file import FeatureFile, FeatureFileError
-from acmil.preprocessing.job_folder import MPP_TOLERANCE, JobFolder
+from acmil.preprocessing.job_folder import MPP_ROUNDING, JobFolder
 from acmil.preprocessing.ledger import Row, Status
 from acmil.preprocessing.prepare import PreparedSlide
 from acmil.preprocessing.progress import Progress
@@ -327,7 +327,7 @@ def _why_anew(row: Row, source: SlideSource, *, reader: ReaderName) -> str | Non
         if source.mpp is None and row.mpp is not None and row.mpp_given:
             with Slide.open(source.path, slide_id=source.slide_id, reader=reader) as slide:
                 own = slide.mpp
-            if abs(own - row.mpp) > MPP_TOLERANCE * own:
+            if abs(own - row.mpp) > MPP_ROUNDING * own:
                 return f"was done at {row.mpp:.4g} µm/px, which is not given any more, and the slide states {own:.4g}"
     except (SlideError, OSError):
         pass

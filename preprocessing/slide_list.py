@@ -220,7 +220,8 @@ def _from_csv(path: Path, mpp: float | None, with_tiles: bool) -> Iterator[Slide
         rows = [(reader.line_num, row) for row in reader]
     if not rows:
         raise SlideListError(f"slide list must hold at least one slide, got none ({path}).")
-    if with_tiles and tuple(columns) == JOB_COLUMNS:
+    is_job = tuple(columns) == JOB_COLUMNS
+    if with_tiles and is_job:
         without = Counter(row["status"] for _, row in rows if row["status"] != "done")
         rows = [(line, row) for line, row in rows if row["status"] == "done"]
         said = ", ".join(f"{count} {status}" for status, count in sorted(without.items()))
@@ -228,7 +229,6 @@ def _from_csv(path: Path, mpp: float | None, with_tiles: bool) -> Iterator[Slide
             raise SlideListError(f"no slide of the job has tiles ({path}: {said}).")
         if without:
             logger.info("slides of %s without tiles are left out: %s", path, said)
-    is_job = tuple(columns) == JOB_COLUMNS
     for line, row in rows:
         where = f"{path}, line {line}"
         if None in row or None in row.values():
